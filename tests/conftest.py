@@ -1,0 +1,145 @@
+"""What every test stands on: fixed seeds, an empty parameter store, globals left as they were.
+
+Options: ``--device`` and ``--dtype`` choose what the fixtures of those names hand out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # no display is needed, in subprocesses neither
+
+import matplotlib as mpl
+import pyro
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the `device` fixture (cpu)")
+    parser.addoption(
+        "--dtype",
+        default="float64",
+        choices=["float32", "float64"],
+        help="dtype of the `dtype` fixture (float64: code that leans on the default dtype fails)",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that ``--device`` names."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.fail(f"--device {device}: torch finds no CUDA device", pytrace=False)
+    return device
+
+
+@pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The floating-point type that ``--dtype`` names."""
+    return getattr(torch, request.config.getoption("--dtype"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets: ``PYRO_VAE_DATA``, or ``shared/data`` beside the repository."""
+    named = os.environ.get("PYRO_VAE_DATA")
+    if named:
+        if not Path(named).is_dir():
+            pytest.fail(f"PYRO_VAE_DATA names {named}, which is not a folder", pytrace=False)
+        return Path(named)
+    beside = REPOSITORY.parent / "shared" / "data"
+    if not beside.is_dir():
+        pytest.skip(f"real data sets: PYRO_VAE_DATA is not set and there is no folder {beside}")
+    return beside
+
+
+# What a test may not leave changed: name -> (read, restore).
+_GLOBALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch default device": (
+        torch.get_default_device,
+        lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+    ),
+    "torch num_threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "torch float32 matmul precision": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "torch distribution validation": (
+        lambda: torch.distributions.Distribution._validate_args,
+        torch.distributions.Distribution.set_default_validate_args,
+    ),
+    # Pyro's own validation flags are among its settings.
+    "pyro settings": (
+        lambda: dict(pyro.settings.get()),
+        lambda values: pyro.settings.set(**values),
+    ),
+    # The backend is one of the rcParams.
+    "matplotlib rcParams": (
+        lambda: dict(mpl.rcParams.copy()),
+        lambda values: dict.update(mpl.rcParams, values),
+    ),
+}
+
+
+def _difference(name: str, before: Any, after: Any) -> str:
+    if not isinstance(before, dict):
+        return f"{name}: {before!r} became {after!r}"
+    changed = [
+        f"{key}: {value!r} became {after.get(key)!r}"
+        for key, value in before.items()
+        if after.get(key) != value
+    ]
+    return f"{name}: " + ", ".join(changed)
+
+
+@pytest.fixture(autouse=True)
+def _globals_are_left_alone() -> Iterator[None]:
+    """Seed, clear the parameter store, and fail a test that leaves a global setting changed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    before = {name: read() for name, (read, _) in _GLOBALS.items()}
+    yield
+    left = []
+    for name, (read, restore) in _GLOBALS.items():
+        after = read()
+        if isinstance(after, dict):  # a lazily imported module may register settings of its own
+            after = {key: after[key] for key in before[name] if key in after}
+        if after != before[name]:
+            left.append(_difference(name, before[name], after))
+            restore(before[name])
+    if params := sorted(pyro.get_param_store().keys()):
+        pyro.clear_param_store()
+        left.append(
+            f"pyro's parameter store holds {params} "
+            "(a test that is meant to fill it asks for the fixture `param_store`)"
+        )
+    if left:
+        pytest.fail("the test left global state changed:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def param_store() -> Iterator[Any]:
+    """Pyro's parameter store, for a test that fills it; empty before and after."""
+    store = pyro.get_param_store()
+    yield store
+    store.clear()
