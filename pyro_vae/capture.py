@@ -739,11 +739,13 @@ def capture(
         >>> gradient(torch.tensor([1.0, 2.0, 3.0]))
         tensor([1., 2., 3.])
     """
+    # A tensor given twice would be taken for one input.
+    inputs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, example_inputs)
     try:
         with torch.no_grad(), _no_vmap_warning():
-            graph = make_fx(fn)(*example_inputs)
+            graph = make_fx(fn)(*inputs)
     except Exception as error:
-        fn(*example_inputs)  # an error of the function itself is the caller's to see
+        fn(*inputs)  # an error of the function itself is the caller's to see
         warnings.warn(
             "the function cannot be captured as a graph and runs as plain Python, which is slow; "
             f"the reason: {type(error).__name__}: {error}",
@@ -757,7 +759,7 @@ def capture(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = torch.compile(graph, dynamic=False, fullgraph=True)
-            compiled(*example_inputs)
+            compiled(*inputs)
     except Exception as error:
         inner = getattr(error, "inner_exception", error)
         reason = f"{type(inner).__name__}: {str(inner).strip()}".split("\n")[0]
