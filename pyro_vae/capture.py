@@ -8,7 +8,7 @@ such a density or its gradient, into one graph and compiles it.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -103,14 +103,22 @@ def _private_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _no_validation() -> Iterator[None]:
-    """Switch off validation, whose value-dependent branches no tensor program can follow."""
+def _validation(enabled: bool) -> Iterator[None]:
+    """Switch validation on or off, in Pyro and in torch, and leave both as they were.
+
+    The two can differ: a library may switch off torch's alone, as Zuko does when it is imported.
+    """
     default = torch.distributions.Distribution._validate_args
     try:
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(enabled):
             yield
     finally:
         torch.distributions.Distribution.set_default_validate_args(default)
+
+
+def _no_validation() -> AbstractContextManager[None]:
+    """Switch off validation, whose value-dependent branches no tensor program can follow."""
+    return _validation(False)
 
 
 @contextmanager
@@ -219,7 +227,8 @@ class UnconstrainedModel:
         self._substitutes: dict[str, Tensor] = {}
         self._batched = True
         with torch.no_grad(), _private_random_state(), _private_params():
-            trace = self._run(self._from_prior)
+            with _validation(pyro.distributions.is_validation_enabled()):
+                trace = self._run(self._from_prior)
             self._params = {
                 name: site["value"] if site["value"].is_leaf else site["value"].detach()
                 for name, site in trace.nodes.items()

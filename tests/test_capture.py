@@ -1,0 +1,354 @@
+"""The captured density against closed forms, against Pyro's own, and against bad input."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer.mcmc.util import initialize_model
+from torch.distributions import constraints
+
+from pyro_vae.capture import UnconstrainedModel, capture
+
+
+def linear_gaussian(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+
+
+def positive_and_simplex(x):
+    scale = pyro.sample("scale", dist.HalfCauchy(2.0))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+    rate = pyro.sample("rate", dist.Beta(2.0, 3.0).expand([2]).to_event(1))
+    pyro.deterministic("ratio", rate[..., 0] / scale)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(weights[..., 0] + rate[..., 1], scale), obs=x)
+
+
+def matrices(x):
+    factor = pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    order = pyro.sample(
+        "order",
+        dist.TransformedDistribution(
+            dist.Normal(torch.zeros(3), 1.0).to_event(1), dist.transforms.OrderedTransform()
+        ),
+    )
+    pyro.sample("x", dist.MultivariateNormal(order, scale_tril=factor), obs=x)
+
+
+def handlers(x):
+    z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+    mask = torch.tensor([True, False, True])
+    with poutine.scale(scale=3.0), pyro.plate("data", len(x)), poutine.mask(mask=mask):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    pyro.factor("factor", -z.square())
+    return {"anything": "goes"}
+
+
+MODELS = [
+    (linear_gaussian, torch.tensor([0.5, -1.0, 2.0])),
+    (positive_and_simplex, torch.tensor([0.5, -1.0, 2.0])),
+    (matrices, torch.tensor([0.5, -1.0, 2.0])),
+    (handlers, torch.tensor([0.5, -1.0, 2.0])),
+]
+
+
+@pytest.mark.parametrize(("model", "x"), MODELS)
+def test_agrees_with_pyro(model, x):
+    density = UnconstrainedModel(model, (x,))
+    _, potential, transforms, _ = initialize_model(model, (x,))
+    z = density.initial(5)
+    for row in z:
+        parts = {
+            name: row[site.slice].reshape(site.unconstrained_shape)
+            for name, site in density.sites.items()
+        }
+        assert set(transforms) | set(parts) == set(parts)
+        expected = -potential(parts)
+        torch.testing.assert_close(density.log_density(row), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        density.log_density(z), torch.stack([density.log_density(row) for row in z])
+    )
+
+
+@pytest.mark.parametrize(("model", "x"), MODELS)
+def test_constrain_and_back(model, x):
+    density = UnconstrainedModel(model, (x,))
+    z = density.initial(6).reshape(2, 3, density.dim)
+    values = density.constrain(z)
+    for name, site in density.sites.items():
+        assert values[name].shape == (2, 3, *site.shape)
+    torch.testing.assert_close(density.unconstrain(values), z, rtol=1e-3, atol=1e-3)
+    assert density.log_density(z).shape == (2, 3)
+    assert density.log_density(z[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize(("model", "x"), MODELS)
+def test_captured_gradient_is_autograd(model, x):
+    density = UnconstrainedModel(model, (x,))
+    z = density.initial(3).requires_grad_()
+    captured = capture(torch.func.grad(lambda v: density.log_density(v).sum()), z, compile=False)
+    (expected,) = torch.autograd.grad(density.log_density(z).sum(), z)
+    torch.testing.assert_close(captured(z), expected)
+
+
+def test_linear_gaussian_closed_form():
+    x = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), x.new_ones(2)).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(), x.new_tensor(0.5)).expand([3]).to_event(1), obs=x)
+
+    density = UnconstrainedModel(model)
+    assert density.dtype == torch.float64
+    z = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    prior = -0.5 * z.square().sum() - math.log(2 * math.pi)
+    likelihood = -0.5 * ((x - z.sum()) / 0.5).square().sum() - 3 * math.log(
+        0.5 * math.sqrt(2 * math.pi)
+    )
+    torch.testing.assert_close(density.log_prior(z), prior)
+    torch.testing.assert_close(density.log_density(z), prior + likelihood)
+    rows = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(density.log_density, rows)
+
+
+def test_support_that_depends_on_a_latent():
+    def model():
+        top = pyro.sample("top", dist.Gamma(3.0, 1.0))
+        pyro.sample("below", dist.Uniform(0.0, top))
+
+    density = UnconstrainedModel(model)
+    z = density.sample_prior(200)
+    values = density.constrain(z)
+    assert bool((values["below"] < values["top"]).all())
+    torch.testing.assert_close(density.unconstrain(values), z, rtol=1e-3, atol=1e-3)
+    # The density of (log top, logit(below / top)): the uniform part is a logistic density.
+    u, v = z.unbind(-1)
+    log_top = dist.Gamma(3.0, 1.0).log_prob(u.exp()) + u
+    logistic = torch.nn.functional.logsigmoid(v) + torch.nn.functional.logsigmoid(-v)
+    torch.testing.assert_close(density.log_density(z), log_top + logistic, rtol=1e-4, atol=1e-4)
+
+
+def test_improper_prior():
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.positive, (), (2,)))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(2))
+
+    density = UnconstrainedModel(model)
+    z = density.initial(50)
+    assert bool((z.abs() <= 2).all())
+    expected = z.sum(-1)  # the Jacobian of exp, nothing else
+    torch.testing.assert_close(density.log_prior(z), expected)
+    with pytest.raises(ValueError, match="'z' has an improper prior"):
+        density.sample_prior(3)
+
+
+def test_sample_prior_has_the_prior_moments():
+    def model():
+        mean = pyro.sample("mean", dist.Normal(1.0, 2.0))
+        with pyro.plate("groups", 3):
+            pyro.sample("x", dist.Normal(mean, 1.0))
+
+    z = UnconstrainedModel(model).sample_prior(20_000)
+    # mean: N(1, 4); x: variance 5, covariance with mean 4. Standard errors: of a mean
+    # sqrt(5 / 2e4) = 0.016, of a variance 5 sqrt(2 / 2e4) = 0.05; four of them.
+    torch.testing.assert_close(z.mean(0), torch.ones(4), atol=0.064, rtol=0)
+    covariance = torch.cov(z.T)
+    expected = torch.full((4, 4), 4.0) + torch.diag(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    torch.testing.assert_close(covariance, expected, atol=0.2, rtol=0)
+
+
+def test_missing_values_under_a_mask_give_finite_gradients():
+    x = torch.tensor([1.0, math.nan, 2.0])
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3), poutine.mask(mask=~torch.isnan(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    density = UnconstrainedModel(model)
+    z = torch.tensor([0.5], requires_grad=True)
+    (gradient,) = torch.autograd.grad(density.log_density(z), z)
+    torch.testing.assert_close(gradient, torch.tensor([-0.5 + 0.5 + 1.5]))
+
+
+def test_deterministic_sites():
+    model, x = MODELS[1]
+    density = UnconstrainedModel(model, (x,))
+    z = density.initial(4)
+    values = density.constrain(z)
+    torch.testing.assert_close(
+        density.deterministic(z)["ratio"], values["rate"][:, 0] / values["scale"]
+    )
+    assert set(density.observed) == {"x"}
+
+
+def test_parameters_are_constant_and_the_store_untouched(param_store):
+    def model():
+        scale = pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+        pyro.sample("z", dist.Normal(0.0, scale))
+
+    density = UnconstrainedModel(model)
+    assert list(param_store.keys()) == []
+    pyro.param("scale", torch.tensor(5.0), constraint=constraints.positive)
+    later = UnconstrainedModel(model)
+    zero = torch.zeros(1)
+    torch.testing.assert_close(density.log_density(zero), dist.Normal(0.0, 2.0).log_prob(zero)[0])
+    torch.testing.assert_close(later.log_density(zero), dist.Normal(0.0, 5.0).log_prob(zero)[0])
+
+
+def test_changes_no_global_state():
+    model, x = MODELS[1]
+    state = torch.get_rng_state()
+    density = UnconstrainedModel(model, (x,))
+    density.log_density(torch.zeros(2, density.dim))
+    density.constrain(torch.zeros(2, density.dim))
+    assert torch.equal(state, torch.get_rng_state())
+    # Settings of torch and Pyro are watched by a fixture around every test.
+
+
+def test_is_invisible_to_handlers_around_it():
+    density = UnconstrainedModel(linear_gaussian, (torch.zeros(3),))
+    with poutine.trace() as tracer:
+        density.log_density(torch.zeros(2))
+    assert not tracer.trace.nodes
+
+
+def test_row_by_row_where_vmap_cannot():
+    def model(x):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(4)))
+        pyro.sample("x", dist.Multinomial(10, p), obs=x)
+
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    density = UnconstrainedModel(model, (x,))
+    z = torch.randn(3, 3)
+    with pytest.warns(UserWarning, match="cannot be batched by torch.vmap"):
+        values = density.log_density(z)
+    again = density.log_density(z)  # no second warning
+    assert torch.equal(values, again)
+    p = density.constrain(z)["p"]
+    expected = dist.Multinomial(10, p).log_prob(x)
+    difference = values - expected
+    prior = density.log_prior(z)
+    torch.testing.assert_close(difference, prior)
+
+
+def discrete():
+    pyro.sample("k", dist.Categorical(torch.ones(3)))
+
+
+def no_latent():
+    pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+
+def subsampled():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=4) as index:
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(10)[index])
+
+
+def missing():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 3):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([0.0, math.nan, math.nan]))
+
+
+def outside():
+    z = pyro.sample("z", dist.Beta(1.0, 1.0))
+    with pyro.plate("data", 3):
+        pyro.sample("x", dist.Bernoulli(z), obs=torch.tensor([0.0, 2.0, 1.0]))
+
+
+def changing():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(0.0, torch.ones(int(1e6 * z.abs()) + 1)).to_event(1))
+
+
+def impossible():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("wall", z.abs() * 0 - math.inf)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (discrete, "latent site 'k' is discrete"),
+        (no_latent, "no latent site"),
+        (subsampled, r"'data', which is subsampled: found 4 of 10"),
+        (missing, "observed site 'x': found 2 NaN of 3 values"),
+        (outside, "observed site 'x': found 1 values outside the support"),
+        (changing, "depend on random values"),
+    ],
+)
+def test_bad_models(model, message):
+    with pytest.raises(ValueError, match=message):
+        UnconstrainedModel(model)
+
+
+def test_no_starting_point_names_the_site():
+    with pytest.raises(ValueError, match="log_prob of site 'wall'"):
+        UnconstrainedModel(impossible).initial(4, max_tries=4)
+
+
+def test_bad_vectors_and_values():
+    density = UnconstrainedModel(linear_gaussian, (torch.zeros(3),))
+    with pytest.raises(ValueError, match=r"found shape \[5\]; expected \[\*, 2\]"):
+        density.log_density(torch.zeros(5))
+    with pytest.raises(ValueError, match="expected \\['z'\\]"):
+        density.unconstrain({"w": torch.zeros(2)})
+    with pytest.raises(ValueError, match="site 'z': found shape"):
+        density.unconstrain({"z": torch.zeros(4, 3)})
+    for call in (density.sample_prior, density.initial):
+        with pytest.raises(ValueError, match="found 0"):
+            call(0)
+
+
+def test_capture_runs_the_function_once_and_checks_shapes():
+    calls = []
+
+    def fn(x, y):
+        calls.append(None)
+        return {"sum": x + y}
+
+    x = torch.randn(3)
+    captured = capture(fn, x, x, compile=False)  # the same tensor twice is two inputs
+    y = torch.randn(3)
+    torch.testing.assert_close(captured(x, y)["sum"], x + y)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="expected"):
+        captured(x, torch.randn(4))
+
+
+def test_capture_falls_back_where_the_course_depends_on_values():
+    def fn(x):
+        return x if x.sum() > 0 else -x
+
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        captured = capture(fn, torch.ones(2))
+    assert captured(-torch.ones(2)).tolist() == [1.0, 1.0]
+    with pytest.raises(ZeroDivisionError):
+        capture(lambda x: x / (1 // 0), torch.ones(2))
+
+
+def test_capture_falls_back_without_a_compiler(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match=r"cannot be compiled.*no C\+\+ compiler"):
+        captured = capture(lambda x: 2 * x, torch.ones(2))
+    assert captured(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_capture_compiles_without_warnings():
+    density = UnconstrainedModel(linear_gaussian, (torch.zeros(3),))
+    z = torch.randn(8, 2)
+    gradient = torch.func.grad(lambda v: density.log_density(v).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = capture(gradient, z)
+    torch.testing.assert_close(compiled(z), gradient(z))
