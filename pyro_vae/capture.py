@@ -673,11 +673,13 @@ class UnconstrainedModel:
 
     def _finite(self, z: Tensor) -> Tensor:
         """Which rows of [n, dim] have a finite vector, log density and gradient: [n]."""
-        with torch.enable_grad():
-            points = z.detach().requires_grad_(True)
+
+        def total(points: Tensor) -> tuple[Tensor, Tensor]:
             value = self.log_density(points)
-            (gradient,) = torch.autograd.grad(value.sum(), points)
-        finite = torch.isfinite(gradient).all(-1) & torch.isfinite(value.detach())
+            return value.sum(), value
+
+        gradient, value = torch.func.grad(total, has_aux=True)(z)
+        finite = torch.isfinite(gradient).all(-1) & torch.isfinite(value)
         return finite & torch.isfinite(z).all(-1)
 
     @torch.no_grad()

@@ -44,6 +44,10 @@ _NUM_SUPERCHAINS = 16
 # Rows whose constrained values are computed at once.
 _CONSTRAIN_ROWS = 1 << 16
 
+# A step over at most this many numbers (latent and observed, of all chains) runs on one thread:
+# operations this small spend longer waiting for other threads than computing.
+_ONE_THREAD_BELOW = 1 << 17
+
 # A display is refreshed at most once in this many iterations: reading the acceptance off a GPU
 # waits for it.
 _PROGRESS_EVERY = 20
@@ -75,6 +79,9 @@ class HMC:
     (variances pooled over chains in windows of the warm-up), and a number of leapfrog steps,
     jittered in each iteration so that trajectories are between 0 and twice ``trajectory_length``
     long, in units of the metric.
+
+    A small problem on the CPU runs on one thread, whatever ``torch.get_num_threads()`` says, and
+    puts the number back.
 
     The interface is that of ``pyro.infer.MCMC``; ``arviz.from_pyro`` accepts it too.
 
@@ -204,21 +211,36 @@ class HMC:
         self._draws = self._samples = self._diagnostics = None
         with torch.no_grad(), self._seeded():
             self.model_density = UnconstrainedModel(self.kernel.model, args, kwargs)
-            position = self._start()
-            potential = potential_and_gradient(self.model_density.log_density)
-            inverse_mass = torch.ones_like(position[0])
-            step_size = inverse_mass.new_ones(())
-            leapfrog = capture(
-                make_leapfrog(potential),
-                *(position, position, position, step_size, inverse_mass),
-                compile=self.compile,
-            )
-            state = HMCState(position, *potential(position))
-            with tqdm(
-                total=self.warmup_steps + self._num_samples, disable=not self.progress
-            ) as bar:
-                state = self._warm_up(leapfrog, state, bar)
-                self._sample(leapfrog, state, bar)
+            with self._threads():
+                self._run()
+
+    def _run(self) -> None:
+        position = self._start()
+        potential = potential_and_gradient(self.model_density.log_density)
+        inverse_mass = torch.ones_like(position[0])
+        step_size = inverse_mass.new_ones(())
+        leapfrog = capture(
+            make_leapfrog(potential),
+            *(position, position, position, step_size, inverse_mass),
+            compile=self.compile,
+        )
+        state = HMCState(position, *potential(position))
+        with tqdm(total=self.warmup_steps + self._num_samples, disable=not self.progress) as bar:
+            state = self._warm_up(leapfrog, state, bar)
+            self._sample(leapfrog, state, bar)
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Run small problems on one thread of the CPU, and put the number back."""
+        density = self.model_density
+        numbers = density.dim + sum(value.numel() for value in density.observed.values())
+        threads = torch.get_num_threads()
+        if density.device.type == "cpu" and self.num_chains * numbers <= _ONE_THREAD_BELOW:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -352,7 +374,7 @@ class HMC:
             if drawn == 0:
                 raise
             warnings.warn(
-                f"interrupted: {drawn} of {self._num_samples} draws a chain are kept", stacklevel=3
+                f"interrupted: {drawn} of {self._num_samples} draws a chain are kept", stacklevel=4
             )
         self._draws = _Draws(*(value[:drawn] for value in draws))
 

@@ -1,0 +1,448 @@
+"""HMC against exact posteriors, as an object with Pyro's interface, and under bad input."""
+
+import math
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+
+from pyro_vae.mcmc import HMC
+from pyro_vae.mcmc.kernel import HMCState, hmc_step, make_leapfrog, potential_and_gradient
+
+Y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2])
+SIGMA = torch.tensor([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4])
+
+
+def eight_schools(y=Y, sigma=SIGMA):
+    """The posterior of the AVB paper; two mirrored modes."""
+    zero, one = sigma.new_zeros(()), sigma.new_ones(())
+    mu = pyro.sample("mu", dist.Normal(zero, one))
+    tau = pyro.sample("tau", dist.Normal(zero, one))
+    with pyro.plate("schools", len(sigma)):
+        eta = pyro.sample("eta", dist.Normal(zero, one))
+        pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+
+
+def exact_tau():
+    """Grid and normalised weights of p(τ | y): given τ the evidence is Gaussian."""
+    y, sigma = Y.double().numpy(), SIGMA.double().numpy()
+    tau = np.linspace(-6, 6, 4001)
+    log_evidence = np.array(
+        [
+            stats.multivariate_normal.logpdf(y, np.zeros(8), np.diag(sigma**2 + t**2) + 1.0)
+            for t in tau
+        ]
+    )
+    log_weight = log_evidence + stats.norm.logpdf(tau)
+    weight = np.exp(log_weight - log_weight.max())
+    return tau, weight / weight.sum()
+
+
+def exact_mean_mu():
+    tau, weight = exact_tau()
+    y, sigma = Y.double().numpy(), SIGMA.double().numpy()
+    variance = sigma**2 + tau[:, None] ** 2
+    return float((weight * (y / variance).sum(1) / (1 + (1 / variance).sum(1))).sum())
+
+
+def agree(draws, exact, n_eff, what):
+    """Assert that a mean lies within four Monte Carlo standard errors of the exact value."""
+    error = (draws.double().mean(0) - exact).abs()
+    standard_error = draws.double().std(0) / torch.as_tensor(n_eff).sqrt()
+    assert bool((error < 4 * standard_error).all()), (what, error, standard_error)
+
+
+def run(model, *args, num_chains=64, num_samples=300, warmup_steps=200, **options):
+    options = {"progress": False, "seed": 0, "compile": False, **options}
+    mcmc = HMC(model, num_chains, num_samples, warmup_steps, **options)
+    mcmc.run(*args)
+    return mcmc
+
+
+@pytest.fixture(scope="module")
+def small():
+    return run(eight_schools, num_chains=32, num_samples=60, warmup_steps=60)
+
+
+# -- right answers ------------------------------------------------------------------------
+
+
+def check_eight_schools(mcmc):
+    diagnostics = mcmc.diagnostics()
+    samples = mcmc.get_samples()
+    tau, weight = exact_tau()
+    n_eff = {name: diagnostics[name]["n_eff"] for name in samples}
+    agree(samples["tau"], 0.0, n_eff["tau"], "E tau")
+    agree(samples["eta"], 0.0, n_eff["eta"], "E eta")
+    agree(samples["mu"], exact_mean_mu(), n_eff["mu"], "E mu")
+    # τ² mixes no slower than τ, whose ESS is a lower bound here.
+    agree(samples["tau"] ** 2, (weight * tau**2).sum(), n_eff["tau"], "E tau^2")
+    assert max(float(diagnostics[name]["nested_r_hat"].max()) for name in samples) < 1.01
+    assert sum(len(found) for found in diagnostics["divergences"].values()) == 0
+
+
+def test_two_mode_eight_schools():
+    mcmc = HMC(eight_schools, 256, 800, 300, progress=False, seed=1, compile=True)
+    mcmc.run()
+    check_eight_schools(mcmc)
+    # The whole marginal of τ: by symmetry half on each side, and quartiles of |τ|.
+    tau, weight = exact_tau()
+    draws = mcmc.get_samples()["tau"].double().abs()
+    n_eff = float(mcmc.diagnostics()["tau"]["n_eff"])
+    for point in (0.2, 0.6, 1.2):
+        exact = weight[np.abs(tau) < point].sum()
+        standard_error = math.sqrt(exact * (1 - exact) / n_eff)
+        assert abs(float((draws < point).double().mean()) - exact) < 4 * standard_error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_ground_truth_of_the_paper(seed):
+    mcmc = HMC(eight_schools, 256, 1954, progress=False, seed=seed)
+    mcmc.run()
+    check_eight_schools(mcmc)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conjugate_sites_on_their_supports(dtype):
+    counts = torch.tensor([3.0, 1.0, 6.0], dtype=dtype)
+    heads = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=dtype)
+    times = torch.tensor([0.5, 2.0, 1.0], dtype=dtype)
+    one = torch.ones((), dtype=dtype)
+
+    def model():
+        p = pyro.sample("p", dist.Dirichlet(counts.new_ones(3)))
+        pyro.factor("counts", (counts * p.log()).sum())
+        q = pyro.sample("q", dist.Beta(2 * one, 3 * one))
+        rate = pyro.sample("rate", dist.Gamma(2 * one, one))
+        with pyro.plate("flips", 4):
+            pyro.sample("heads", dist.Bernoulli(q), obs=heads)
+        with pyro.plate("waits", 3):
+            pyro.sample("times", dist.Exponential(rate), obs=times)
+
+    mcmc = run(model, compile=True)
+    samples = mcmc.get_samples()
+    assert all(value.dtype == dtype for value in samples.values())
+    exact = {
+        "p": dist.Dirichlet(1 + counts),
+        "q": dist.Beta(5 * one, 4 * one),
+        "rate": dist.Gamma(5 * one, 1 + times.sum()),
+    }
+    for name, posterior in exact.items():
+        n_eff = mcmc.diagnostics()[name]["n_eff"]
+        agree(samples[name], posterior.mean.double(), n_eff, name)
+        # The squares of these bounded-skew variables mix alike; half the ESS is granted them.
+        second = (posterior.variance + posterior.mean**2).double()
+        agree(samples[name] ** 2, second, n_eff / 2, f"{name}^2")
+
+
+def test_heavy_tail():
+    """A half-Cauchy site: quantiles, since it has no mean."""
+
+    def model():
+        pyro.sample("scale", dist.HalfCauchy(2.0))
+
+    mcmc = run(model, num_samples=500)
+    draws = mcmc.get_samples()["scale"]
+    n_eff = float(mcmc.diagnostics()["scale"]["n_eff"])
+    for p in (0.25, 0.5, 0.75):
+        quantile = 2.0 * math.tan(math.pi / 2 * p)
+        error = abs(float((draws < quantile).double().mean()) - p)
+        assert error < 4 * math.sqrt(p * (1 - p) / n_eff)
+
+
+def test_correlated_gaussian_of_condition_number_ten_thousand():
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
+    covariance = rotation @ torch.diag(torch.logspace(-2, 2, 8, dtype=torch.float64)) @ rotation.T
+    precision = covariance.inverse()
+
+    def model():
+        zero = precision.new_zeros(8)
+        x = pyro.sample("x", dist.Normal(zero, 1.0).to_event(1).mask(False))
+        pyro.factor("density", -0.5 * x @ precision @ x)
+
+    mcmc = run(
+        model, num_chains=32, num_samples=150, warmup_steps=150, trajectory_length=4.0, compile=True
+    )
+    draws = mcmc.get_samples()["x"].double() @ rotation
+    diagnostics = mcmc.diagnostics()["x"]
+    n_eff = float(diagnostics["n_eff"].min())
+    variance = draws.var(0)
+    exact = torch.logspace(-2, 2, 8, dtype=torch.float64)
+    # The relative standard error of a Gaussian's variance is sqrt(2 / ESS).
+    assert bool(((variance / exact - 1).abs() < 4 * math.sqrt(2 / n_eff)).all())
+    assert n_eff > 500
+
+
+def test_lengths_are_jittered_so_that_no_gaussian_is_revisited():
+    """A trajectory of 2π brings a standard normal back to where it was; a jittered one does not."""
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+
+    mcmc = run(model, num_samples=200, warmup_steps=100, trajectory_length=2 * math.pi)
+    assert float(mcmc.diagnostics()["x"]["n_eff"].min()) > 0.1 * 64 * 200
+
+
+# -- the kernel ---------------------------------------------------------------------------
+
+
+def quartic(z):
+    return -(z**4).sum(-1) / 4 - (z[..., 0] * z[..., 1]) ** 2
+
+
+def integrate(leapfrog, state, momentum, step_size, steps, mass):
+    position, potential, gradient = state
+    for _ in range(steps):
+        position, momentum, potential, gradient = leapfrog(
+            position, momentum, gradient, torch.tensor(step_size).double(), mass
+        )
+    return HMCState(position, potential, gradient), momentum
+
+
+def energy_error(potential, step_size):
+    torch.manual_seed(0)
+    position = torch.randn(50, 3, dtype=torch.float64)
+    momentum = torch.randn(50, 3, dtype=torch.float64)
+    mass = torch.ones(3, dtype=torch.float64)
+    state = HMCState(position, *potential(position))
+    end, last = integrate(
+        make_leapfrog(potential), state, momentum, step_size, round(1 / step_size), mass
+    )
+    change = end.potential + last.square().sum(-1) / 2
+    change = change - state.potential - momentum.square().sum(-1) / 2
+    return float(change.abs().mean())
+
+
+def test_leapfrog_is_reversible():
+    potential = potential_and_gradient(quartic)
+    torch.manual_seed(0)
+    position, momentum = torch.randn(2, 20, 3, dtype=torch.float64)
+    mass = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    start = HMCState(position, *potential(position))
+    leapfrog = make_leapfrog(potential)
+    end, last = integrate(leapfrog, start, momentum, 0.05, 30, mass)
+    back, first = integrate(leapfrog, end, -last, 0.05, 30, mass)
+    torch.testing.assert_close(back.position, position)
+    torch.testing.assert_close(first, -momentum)
+    assert not torch.allclose(end.position, position, atol=0.1)
+
+
+def test_energy_error_is_of_second_order_and_shows_a_wrong_gradient():
+    right = potential_and_gradient(quartic)
+
+    def wrong(z):
+        potential, gradient = right(z)
+        return potential, 1.05 * gradient
+
+    # Halving the step divides the error by four; with a wrong gradient it stays.
+    assert 3 < energy_error(right, 0.02) / energy_error(right, 0.01) < 5
+    assert energy_error(wrong, 0.01) > 0.9 * energy_error(wrong, 0.02)
+
+
+def test_one_broken_chain_does_not_touch_the_others():
+    def density(z):
+        wall = torch.where(z[..., 0] > 50.0, torch.nan, 0.0)
+        return -z.square().sum(-1) / 2 + wall * z[..., 0]
+
+    potential = potential_and_gradient(density)
+    leapfrog = make_leapfrog(potential)
+    mass = torch.ones(2)
+
+    def step(position):
+        torch.manual_seed(0)
+        state = HMCState(position, *potential(position))
+        return hmc_step(leapfrog, state, torch.tensor(0.3), mass, 5)
+
+    good = torch.zeros(4, 2)
+    broken = good.clone()
+    broken[2] = torch.tensor([1e3, 0.0])
+    (expected, _), (state, info) = step(good), step(broken)
+    assert info.diverging.tolist() == [False, False, True, False]
+    assert float(info.accept_prob[2]) == 0.0
+    assert torch.equal(state.position[2], broken[2])
+    others = [0, 1, 3]
+    assert torch.equal(state.position[others], expected.position[others])
+
+
+# -- the interface ------------------------------------------------------------------------
+
+
+def test_shapes_and_sites(small):
+    samples = small.get_samples()
+    assert {name: list(value.shape) for name, value in samples.items()} == {
+        "mu": [32 * 60],
+        "tau": [32 * 60],
+        "eta": [32 * 60, 8],
+    }
+    grouped = small.get_samples(group_by_chain=True)
+    assert grouped["eta"].shape == (32, 60, 8)
+    assert torch.equal(grouped["eta"].reshape(-1, 8), samples["eta"])
+    assert small.get_samples(num_samples=7)["eta"].shape == (7, 8)
+    assert small.get_samples(num_samples=7, group_by_chain=True)["eta"].shape == (32, 7, 8)
+    assert small.unconstrained.shape == (32, 60, 10)
+    assert small.num_superchains == 16
+
+
+def test_diagnostics(small):
+    diagnostics = small.diagnostics()
+    for site, shape in [("mu", ()), ("tau", ()), ("eta", (8,))]:
+        assert set(diagnostics[site]) == {"n_eff", "r_hat", "nested_r_hat"}
+        assert all(value.shape == shape for value in diagnostics[site].values())
+    chains = [f"chain {i:02d}" for i in range(32)]
+    assert list(diagnostics["divergences"]) == chains == sorted(chains)
+    assert list(diagnostics["acceptance rate"]) == chains
+    assert all(0.0 <= rate <= 1.0 for rate in diagnostics["acceptance rate"].values())
+
+
+def test_summary(small, capsys):
+    small.summary(prob=0.8)
+    printed = capsys.readouterr().out
+    for text in ("10.0%", "90.0%", "eta[7]", "nested r_hat", "16 superchains of 2 chains"):
+        assert text in printed
+    with pytest.raises(ValueError, match="prob: found 2"):
+        small.summary(prob=2)
+
+
+def test_arviz(small):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    diverging = small._draws.diverging
+    diverging[3, 10] = True
+    small._diagnostics = None
+    try:
+        for data in (arviz.from_pyro(small), small.to_arviz()):
+            assert data.posterior["eta"].shape == (32, 60, 8)
+            assert data.sample_stats["diverging"].values.nonzero() == ([10], [3])
+            np.testing.assert_allclose(data.observed_data["y"].values, Y.numpy())
+    finally:
+        diverging[3, 10] = False
+        small._diagnostics = None
+    stats = data.sample_stats
+    assert {"energy", "acceptance_rate", "lp", "n_steps", "step_size"} <= set(stats)
+    lp = small.model_density.log_density(small.unconstrained)
+    np.testing.assert_allclose(stats["lp"].values, lp.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_arviz_has_deterministic_sites():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * x)
+
+    mcmc = run(model, num_chains=4, num_samples=5, warmup_steps=5)
+    assert list(mcmc.get_samples()) == ["x"]
+    posterior = mcmc.to_arviz().posterior
+    np.testing.assert_allclose(posterior["twice"], 2 * posterior["x"])
+
+
+def test_seed_and_global_generator():
+    draws = [
+        run(eight_schools, num_chains=4, num_samples=5, warmup_steps=5).unconstrained
+        for _ in range(2)
+    ]
+    assert torch.equal(*draws)
+    state = torch.get_rng_state()
+    run(eight_schools, num_chains=4, num_samples=5, warmup_steps=5)
+    assert torch.equal(state, torch.get_rng_state())
+    again = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        mcmc = run(eight_schools, num_chains=4, num_samples=5, warmup_steps=5, seed=None)
+        again.append(mcmc.unconstrained)
+    assert torch.equal(*again)
+    assert not torch.equal(again[0], draws[0])
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7, 25])
+def test_short_warm_ups(warmup_steps):
+    mcmc = run(eight_schools, num_chains=2, num_samples=3, warmup_steps=warmup_steps)
+    assert mcmc.get_samples()["eta"].shape == (6, 8)
+
+
+def test_initial_params():
+    start = {"mu": torch.zeros(4), "tau": torch.ones(4), "eta": torch.zeros(4, 8)}
+    options = {"num_chains": 4, "num_samples": 3, "warmup_steps": 0}
+    mcmc = run(eight_schools, initial_params=start, num_superchains=2, **options)
+    assert mcmc.num_superchains == 2
+    start["mu"] = torch.arange(4.0) / 4
+    mcmc = run(eight_schools, initial_params=start, num_superchains=2, **options)
+    assert mcmc.num_superchains == 4  # no start is shared
+    with pytest.raises(ValueError, match=r"site 'eta': found shape \[4\]; expected \[4, 8\]"):
+        run(eight_schools, initial_params={**start, "eta": torch.zeros(4)}, **options)
+    with pytest.raises(ValueError, match="found the sites \\['mu'\\]"):
+        run(eight_schools, initial_params={"mu": torch.zeros(4)}, **options)
+    start["tau"][2] = math.nan
+    with pytest.raises(ValueError, match=r"not finite in the chains \[2\]"):
+        run(eight_schools, initial_params=start, **options)
+
+
+def test_interrupt_keeps_the_draws(monkeypatch):
+    mcmc = HMC(eight_schools, 4, 50, 5, progress=False, compile=False)
+    transition, calls = mcmc._transition, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == 5 + 8:
+            raise KeyboardInterrupt
+        return transition(*args)
+
+    monkeypatch.setattr(mcmc, "_transition", interrupted)
+    with pytest.warns(UserWarning, match="7 of 50 draws"):
+        mcmc.run()
+    assert mcmc.num_samples == 7
+    assert mcmc.get_samples(group_by_chain=True)["tau"].shape == (4, 7)
+    assert mcmc.to_arviz().sample_stats["n_steps"].shape == (4, 7)
+
+
+def test_progress_goes_to_stderr(capsys):
+    run(eight_schools, num_chains=2, num_samples=20, warmup_steps=20, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "accept=" in captured.err
+    assert "step_size=" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_chains": 0}, "num_chains: found 0"),
+        ({"num_samples": 0}, "num_samples: found 0"),
+        ({"warmup_steps": -1}, "warmup_steps: found -1"),
+        ({"num_chains": 2.5}, "num_chains: found 2.5"),
+        ({"max_leapfrog_steps": 0}, "max_leapfrog_steps: found 0"),
+        ({"trajectory_length": 0.0}, "trajectory_length: found 0"),
+        ({"trajectory_length": math.nan}, "trajectory_length: found nan"),
+        ({"target_accept": 1.0}, "target_accept: found 1"),
+        ({"num_chains": 10, "num_superchains": 4}, "num_superchains: found 4"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        HMC(eight_schools, **options)
+
+
+def test_bad_models_are_named():
+    with pytest.raises(RuntimeError, match="call run"):
+        HMC(eight_schools).get_samples()
+    with pytest.raises(ValueError, match="observed site 'y': found 1 NaN of 8"):
+        run(eight_schools, torch.where(Y > 2, torch.nan, Y))
+
+    def flat():
+        pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+
+    with pytest.raises(ValueError, match="improper posterior"):
+        run(flat)
+
+
+@pytest.mark.gpu
+def test_cuda():
+    mcmc = run(eight_schools, Y.cuda(), SIGMA.cuda(), num_samples=100, compile=True)
+    assert mcmc.get_samples()["tau"].is_cuda
+    assert sum(map(len, mcmc.diagnostics()["divergences"].values())) == 0
+    assert mcmc.to_arviz().posterior["tau"].shape == (64, 100)
