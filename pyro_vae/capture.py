@@ -282,6 +282,11 @@ class UnconstrainedModel:
             self.dtype = torch.promote_types(self.dtype, value.dtype)
         self.device: torch.device = values[0].device
 
+    @property
+    def size(self) -> int:
+        """How many numbers one evaluation is over, latent and observed."""
+        return self.dim + sum(value.numel() for value in self.observed.values())
+
     # -- the model's structure --------------------------------------------------------------
 
     def _run(self, choose: Callable[[str, Any], Tensor | None]) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..capture import UnconstrainedModel, capture
+from ..threads import one_thread_if_small
 from .adaptation import (
     DualAveraging,
     PooledVariance,
@@ -43,10 +44,6 @@ _NUM_SUPERCHAINS = 16
 
 # Rows whose constrained values are computed at once.
 _CONSTRAIN_ROWS = 1 << 16
-
-# A step over at most this many numbers (latent and observed, of all chains) runs on one thread:
-# operations this small spend longer waiting for other threads than computing.
-_ONE_THREAD_BELOW = 1 << 17
 
 # A display is refreshed at most once in this many iterations: reading the acceptance off a GPU
 # waits for it.
@@ -211,7 +208,9 @@ class HMC:
         self._draws = self._samples = self._diagnostics = None
         with torch.no_grad(), self._seeded():
             self.model_density = UnconstrainedModel(self.kernel.model, args, kwargs)
-            with self._threads():
+            with one_thread_if_small(
+                self.num_chains * self.model_density.size, self.model_density.device
+            ):
                 self._run()
 
     def _run(self) -> None:
@@ -228,19 +227,6 @@ class HMC:
         with tqdm(total=self.warmup_steps + self._num_samples, disable=not self.progress) as bar:
             state = self._warm_up(leapfrog, state, bar)
             self._sample(leapfrog, state, bar)
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Run small problems on one thread of the CPU, and put the number back."""
-        density = self.model_density
-        numbers = density.dim + sum(value.numel() for value in density.observed.values())
-        threads = torch.get_num_threads()
-        if density.device.type == "cpu" and self.num_chains * numbers <= _ONE_THREAD_BELOW:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:

@@ -1,0 +1,150 @@
+"""Implicit guides: noise through a network, with a density learned by an adversary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pyro.infer.autoguide import init_to_median
+from pyro.nn.module import pyro_method
+from torch import Size, Tensor, nn
+
+from ..capture import UnconstrainedModel
+from ..nn import MLP, ResidualDiscriminator
+from ..ratios import AdaptiveContrast, Contrast, DensityRatio, ImplicitDistribution
+from .sampled import AutoSampled
+
+__all__ = ["AutoImplicit"]
+
+
+class _Sampler(nn.Module):
+    """z = loc + scale · network(ε)."""
+
+    def __init__(self, network: nn.Module, noise_dim: int, loc: Tensor, init_scale: float) -> None:
+        super().__init__()
+        self.noise_dim = noise_dim
+        self.network = network
+        self.loc = nn.Parameter(loc.clone())
+        self.log_scale = nn.Parameter(torch.full_like(loc, init_scale).log())
+
+    def forward(self, shape: Size) -> Tensor:
+        noise = torch.randn(*shape, self.noise_dim, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.log_scale.exp() * self.network(noise)
+
+
+class PriorContrast(nn.Module):
+    """Contrast with the model's prior p(z), in unconstrained space (the paper's Algorithm 1)."""
+
+    def __init__(self, density: UnconstrainedModel) -> None:
+        super().__init__()
+        self.density = density
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log p(z), with the Jacobian of the constraints, z [*, d] → [*]."""
+        return self.density.log_prior(z)
+
+    def sample(self, sample_shape: Size) -> Tensor:
+        """Draw [*sample_shape, d] from the prior."""
+        return self.density.sample_prior(sample_shape.numel()).reshape(*sample_shape, -1)
+
+    def standardize(self, z: Tensor) -> Tensor:
+        """Return z as it is."""
+        return z
+
+    def adapt(self, z: Tensor) -> None:
+        """Leave the prior alone."""
+
+
+class AutoImplicit(AutoSampled):
+    r"""Guide whose posterior is noise through a network: any shape, any number of modes.
+
+    .. math:: z = f(\varepsilon), \quad \varepsilon \sim N(0, I), \qquad
+        \log q(z) \approx T(\bar z) + \log r(z)
+
+    z is the vector of all latent sites in unconstrained space. Its density is learned by a
+    discriminator T against a contrast r, so the guide works under any loss, but the discriminator
+    has to be trained beside it: by :func:`pyro_vae.fit`, or by an ``SVI`` of its own with
+    :meth:`pyro_vae.losses.AVB_ELBO.adversary`. ``guide.get_posterior().learned_density`` is true.
+
+    All parameters exist after the first call or after :meth:`setup`.
+
+    Args:
+        model: A Pyro model with continuous latent sites.
+        noise_dim: Size of ε; twice the latents', and at least 4 more, by default.
+        hidden_dims: Widths of f's layers.
+        contrast: ``"adaptive"``, a Gaussian with the guide's moments (Algorithm 2), or
+            ``"prior"`` (Algorithm 1), for models whose prior can be sampled.
+        discriminator: Takes d to T, a module [\*, d] → [\*].
+        init_loc_fn: Where each site starts, as in Pyro's AutoGuides.
+        init_scale: Standard deviation of the initial posterior, in unconstrained space.
+
+    Raises:
+        ValueError: For an unknown contrast; where the guide meets a model whose latents it cannot
+            handle.
+
+    References:
+        | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), algorithms 1 and 2
+        | https://arxiv.org/abs/1701.04722
+
+    Example:
+        >>> from pyro.infer import Predictive
+        >>> from pyro_vae.models import eight_schools_avb
+        >>> guide = AutoImplicit(eight_schools_avb)
+        >>> guide.setup()
+        >>> draws = Predictive(eight_schools_avb, guide=guide, num_samples=100, parallel=True)()
+        >>> draws["tau"].shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        noise_dim: int | None = None,
+        hidden_dims: tuple[int, ...] = (128, 128),
+        contrast: Literal["adaptive", "prior"] = "adaptive",
+        discriminator: Callable[[int], nn.Module] = ResidualDiscriminator,
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 1.0,
+    ) -> None:
+        if contrast not in ("adaptive", "prior"):
+            raise ValueError(f"contrast must be 'adaptive' or 'prior', found {contrast!r}")
+        if not init_scale > 0:
+            raise ValueError(f"init_scale must be positive, found {init_scale}")
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self._prior = (model,)  # in a tuple, not a submodule; AutoGuide's own model is wrapped
+        self.noise_dim = noise_dim
+        self.hidden_dims = tuple(hidden_dims)
+        self.contrast = contrast
+        self.discriminator = discriminator
+        self.init_scale = init_scale
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        loc, dim = self._init_loc(), self.latent_dim
+        noise_dim = 2 * dim + 4 if self.noise_dim is None else self.noise_dim
+        if noise_dim < dim:
+            raise ValueError(
+                f"noise_dim must be at least the number of latents, or the guide has no density: "
+                f"found {noise_dim}, expected {dim} or more"
+            )
+        contrast: Contrast
+        if self.contrast == "adaptive":
+            contrast = AdaptiveContrast(loc, torch.full_like(loc, self.init_scale))
+        else:
+            contrast = PriorContrast(UnconstrainedModel(self._prior[0], args, kwargs))
+        network = MLP(noise_dim, dim, self.hidden_dims)
+        self.sampler = _Sampler(network, noise_dim, loc, self.init_scale).to(loc)
+        self.ratio = DensityRatio(self.discriminator(dim), contrast).to(loc)
+
+    @pyro_method
+    def _log_ratio(self, z: Tensor) -> Tensor:
+        return self.ratio(z)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
+        """Return the distribution of the latents in unconstrained space."""
+        # A PyroModule registers the parameters of a submodule where it is looked up. Looked up
+        # past that, T's stay out of the guide's; `_log_ratio` shows them to the adversary.
+        ratio: Any = self._modules["ratio"]
+        return ImplicitDistribution(self.sampler, ratio, self.latent_dim, adversary=self._log_ratio)

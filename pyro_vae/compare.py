@@ -1,0 +1,605 @@
+"""Guides beside HMC: how far is each one's posterior from the truth?"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.poutine as poutine
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .capture import UnconstrainedModel
+from .divergences import knn_kl
+from .guides import AutoFlow, AutoImplicit
+from .losses import AVB_ELBO
+from .mcmc import HMC
+from .plots import plot_convergence, plot_marginals
+from .svi import ADVERSARIAL_BETAS, cosine, fit, has_learned_density, linear
+from .threads import one_thread_if_small
+
+__all__ = ["GUIDES", "Comparison", "compare"]
+
+#: Guides that :func:`compare` knows by name: each takes a model to a guide.
+GUIDES: dict[str, Callable[[Callable], Callable]] = {
+    "mean_field": AutoNormal,
+    "full_rank": AutoMultivariateNormal,
+    "flow": AutoFlow,
+    "implicit": AutoImplicit,
+}
+
+REFERENCE = "hmc"
+COLUMNS = (
+    "guide",
+    "knn_kl",
+    "knn_kl_se",
+    "elbo",
+    "max_mean_error",
+    "max_sd_error",
+    "khat",
+    "steps",
+    "seconds",
+)
+
+CURVE_POINTS = 12
+CURVE_DRAWS = 2500  # a side shows where a curve goes; the table takes num_draws
+
+
+class Comparison:
+    """Posteriors of several guides beside a reference.
+
+    Attributes:
+        table: One row a posterior, the reference against itself first. See :func:`compare`.
+        draws: By name, reference last: by site, draws [num_draws, *site].
+        curves: By guide: pairs of step and kNN KL to the reference while it was fitted.
+        errors: By guide: why its fit failed.
+        reference: What the reference draws came from.
+    """
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        draws: Mapping[str, Mapping[str, NDArray]],
+        curves: Mapping[str, Sequence[tuple[int, float]]],
+        errors: Mapping[str, str],
+        reference: Any,
+    ) -> None:
+        self.table = table
+        self.draws = draws
+        self.curves = curves
+        self.errors = errors
+        self.reference = reference
+
+    def __repr__(self) -> str:
+        return self.table.to_string(index=False, na_rep="", float_format="{:.4g}".format)
+
+    def plot(self, pairs: Sequence[tuple[str, str]] | None = None) -> Figure:
+        """Draw two-dimensional marginals, one column a posterior, the reference last.
+
+        Args:
+            pairs: Coordinates of each row, such as ``("tau", "eta[0]")``; by default the first
+                with the second and the second with the third.
+
+        Raises:
+            ValueError: For a coordinate that the model does not have.
+        """
+        coordinates = {label: _coordinates(values) for label, values in self.draws.items()}
+        names = list(coordinates[REFERENCE])
+        if pairs is None:
+            pairs = list(pairwise(names[:3])) or [(names[0], names[0])]
+        for name in (name for pair in pairs for name in pair):
+            if name not in names:
+                raise ValueError(f"pairs: found the coordinate {name!r}, expected some of {names}")
+        return plot_marginals(coordinates, pairs)
+
+    def plot_convergence(self) -> Figure:
+        """Draw the KL divergence to the reference against optimisation steps.
+
+        Raises:
+            ValueError: If no guide was fitted here.
+        """
+        if not self.curves:
+            raise ValueError("no guide was fitted in this comparison: there is no curve to plot")
+        return plot_convergence(self.curves, baseline=float(self.table["knn_kl"].iloc[0]))
+
+    def to_arviz(self) -> dict[str, az.InferenceData]:
+        """Return an ``InferenceData`` with a ``posterior`` group for each posterior, by name."""
+        return {
+            label: az.from_dict(posterior={name: x[None] for name, x in values.items()})
+            for label, values in self.draws.items()
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``table.csv``, ``posterior.png``, ``convergence.png`` and ``draws.nc``.
+
+        In ``draws.nc`` each posterior is a group: ``az.from_netcdf(file, base_group="flow")``.
+
+        Args:
+            directory: Made if it does not exist; files of these names are replaced.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.table.to_csv(directory / "table.csv", index=False)
+        self.plot().savefig(directory / "posterior.png", dpi=120)
+        if self.curves:
+            self.plot_convergence().savefig(directory / "convergence.png", dpi=120)
+        file = directory / "draws.nc"
+        file.unlink(missing_ok=True)
+        for label, data in self.to_arviz().items():
+            data.to_netcdf(str(file), base_group=label, overwrite_existing=False)
+
+
+def compare(
+    model: Callable,
+    guides: Sequence[str | Callable] | Mapping[str, str | Callable] = tuple(GUIDES),
+    *args: Any,
+    reference: Any = None,
+    num_steps: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    num_draws: int = 10_000,
+    num_chains: int = 256,
+    num_samples: int = 2000,
+    seed: int | None = 0,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Comparison:
+    r"""Fit guides to a model's posterior and measure how far each one is from the reference.
+
+    The table has one row a posterior. The first is the reference against itself, one half of its
+    chains against the other: what the estimators say when there is no difference.
+
+    ==================  ===========================================================================
+    ``knn_kl``          KL(guide ‖ reference) in nats, by :func:`~pyro_vae.divergences.knn_kl` on
+                        ``num_draws`` draws a side, in unconstrained space, each coordinate divided
+                        by the reference's standard deviation
+    ``knn_kl_se``       its Monte Carlo standard error
+    ``elbo``            evidence lower bound in nats, from ``num_draws`` draws; where the guide's
+                        density is learned, what the discriminator claims
+    ``max_mean_error``  largest difference of a site's mean from the reference's, in its posterior
+                        standard deviations
+    ``max_sd_error``    largest difference of a site's standard deviation, in the same unit
+    ``khat``            Pareto k̂ of the importance weights, usable below 0.7; only where the guide
+                        has a true density
+    ``steps``           optimisation steps, or transitions of each chain
+    ``seconds``         time to fit or to sample, compilation included
+    ==================  ===========================================================================
+
+    A guide whose fit fails has a row of NaNs, and a column ``error`` appears that says why.
+    Model parameters are held fixed. The parameter store is left as it was: modules are fitted in
+    place, but what ``pyro.param`` statements of a plain function make is forgotten; fit such a
+    guide beforehand and pass ``num_steps=0``.
+
+    Args:
+        model: A Pyro model with continuous latent sites.
+        guides: Names in :data:`GUIDES`, or guides: anything with a Pyro guide's interface. A
+            mapping gives them labels.
+        *args: Passed to model and guides.
+        reference: Run :class:`~pyro_vae.mcmc.HMC` or :class:`pyro.infer.MCMC`, or draws by site,
+            [n, \*site] or [chains, n, \*site]. By default our HMC, run here.
+        num_steps: Optimisation steps of every guide; 0 takes the guides as they are. By default
+            what each kind of guide needs.
+        options: By label of the guide: arguments of :func:`~pyro_vae.fit`, ``loss`` included, that
+            replace the defaults.
+        num_draws: Draws of each guide, and of each half of the reference.
+        num_chains: Chains of the reference run here.
+        num_samples: Draws of each of its chains, after as many warm-up steps as HMC takes by
+            default.
+        seed: Seed of everything random here; afterwards the generator goes on as if nothing had
+            been drawn. ``None`` uses the generator as it is.
+        progress: Whether to show progress bars and rows as they come.
+        **kwargs: Passed to model and guides.
+
+    Returns:
+        A :class:`Comparison`.
+
+    Raises:
+        ValueError: For an unknown guide; a guide that misses a site of the model or has one too
+            many; discrete latents, NaN in the data or a subsampled plate; a reference without one
+            of the model's sites.
+
+    Example:
+        >>> from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
+        >>> from pyro_vae.models import gauss
+        >>> comparison = compare(
+        ...     gauss, [AutoNormal(gauss)], num_chains=16, num_samples=200, num_draws=800,
+        ...     num_steps=300, progress=False,
+        ... )
+        >>> list(comparison.table["guide"])
+        ['hmc', 'AutoNormal']
+    """
+    if num_draws < 2:
+        raise ValueError(f"num_draws must be at least 2, found {num_draws}")
+    if num_steps is not None and num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, found {num_steps}")
+    built = _build_guides(model, guides)
+    options = dict(options or {})
+    for label in options:
+        if label not in built:
+            raise ValueError(f"options: found {label!r}, expected some of {list(built)}")
+    density = UnconstrainedModel(model, args, kwargs)
+    for label, guide in built.items():
+        with _private_params(guide):
+            _check_sites(label, guide, density, args, kwargs)
+    with _seeded(seed):
+        truth = _Reference(reference, density, num_draws, num_chains, num_samples, progress)
+        rows, errors, draws, curves = [truth.row()], {}, {}, {}
+        for label, guide in built.items():
+            with _seeded(seed), _private_params(guide):
+                study = _Study(label, guide, density, truth, progress)
+                try:
+                    study.fit(num_steps, options.get(label, {}))
+                    row, draws[label] = study.judge(num_draws)
+                except Exception as error:  # one guide's failure must not cost the other rows
+                    errors[label] = f"{type(error).__name__}: {error}"
+                    row = {"guide": label}
+                if study.curve:
+                    curves[label] = study.curve
+            rows.append(row)
+            if progress:
+                result = errors.get(label) or f"KL to the reference {row['knn_kl']:.3f}"
+                tqdm.write(f"{label}: {result}")
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table["steps"] = table["steps"].astype("Int64")
+    if errors:
+        table["error"] = table["guide"].map(errors)
+    draws[REFERENCE] = truth.draws
+    return Comparison(table, draws, curves, errors, truth.source)
+
+
+class _Reference:
+    """The truth: two halves of draws in unconstrained space, each [num_draws, d]."""
+
+    def __init__(
+        self,
+        source: Any,
+        density: UnconstrainedModel,
+        num_draws: int,
+        num_chains: int,
+        num_samples: int,
+        progress: bool,
+    ) -> None:
+        self.density = density
+        self.steps, self.seconds = None, math.nan
+        if source is None:
+            source = HMC(density.model, num_chains, num_samples, progress=progress)
+            started = time.perf_counter()
+            source.run(*density.args, **density.kwargs)
+            self.seconds = time.perf_counter() - started
+            self.steps = source.warmup_steps + source.num_samples
+        self.source = source
+        values = source if isinstance(source, Mapping) else source.get_samples(group_by_chain=True)
+        z = _chains(values, density)
+        if len(z) > 1:  # even against odd chains, which are independent
+            halves = [z[0::2].flatten(0, 1), z[1::2].flatten(0, 1)]
+        else:
+            halves = list(z[0].chunk(2))
+        self.first, self.second = (_thin(half, num_draws) for half in halves)
+        self.draws = _to_sites(density, self.first)
+        self.scale = z.flatten(0, 1).std(0)
+        if not (self.scale > 0).all():
+            raise ValueError("reference: some coordinate has the same value in all draws")
+
+    def kl(self, z: Tensor) -> Any:
+        """Return the kNN KL of draws z [n, d] to the reference, in its standard deviations."""
+        return knn_kl(z / self.scale, self.first / self.scale)
+
+    def row(self) -> dict[str, Any]:
+        """Return the reference's own row: its second half against the first."""
+        # Draws that repeat because proposals were rejected are no atoms of the posterior.
+        kl = self.kl(torch.unique(self.second, dim=0))
+        return {
+            "guide": REFERENCE,
+            "knn_kl": kl.value,
+            "knn_kl_se": kl.standard_error,
+            **_moment_errors(_to_sites(self.density, self.second), self.draws),
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+
+
+class _Study:
+    """One guide on its way from a fit to its row."""
+
+    def __init__(
+        self,
+        label: str,
+        guide: Callable,
+        density: UnconstrainedModel,
+        truth: _Reference,
+        progress: bool,
+    ) -> None:
+        self.label, self.guide, self.density, self.truth = label, guide, density, truth
+        self.progress = progress
+        self.curve: list[tuple[int, float]] = []
+        self.steps, self.seconds = 0, 0.0
+        args, kwargs = density.args, density.kwargs
+        self.learned_density = has_learned_density(guide, *args, **kwargs)
+
+    def fit(self, num_steps: int | None, options: Mapping[str, Any]) -> None:
+        recipe = {**_recipe(self.guide, self.learned_density), **options}
+        if num_steps is not None:
+            recipe["num_steps"] = num_steps
+        self.steps = recipe["num_steps"]
+        if not self.steps:
+            return
+        density, loss = self.density, recipe.pop("loss")
+        recipe = {
+            "train_model": False,
+            "callback": self._record,
+            "callback_every": max(1, self.steps // CURVE_POINTS),
+            "progress": self.progress,
+            "description": self.label,
+            **recipe,
+        }
+        with one_thread_if_small(loss.num_particles * density.size, density.device):
+            result = fit(density.model, self.guide, loss, *density.args, **recipe, **density.kwargs)
+        self.seconds = result.seconds
+
+    def _record(self, step: int, loss: float) -> None:
+        z, _ = _draw(self.density, self.guide, CURVE_DRAWS)
+        if z.isfinite().all():
+            self.curve.append((step, self.truth.kl(z).value))
+
+    def judge(self, num_draws: int) -> tuple[dict[str, Any], dict[str, NDArray]]:
+        z, log_weights = _draw(self.density, self.guide, num_draws)
+        kl, draws = self.truth.kl(z), _to_sites(self.density, z)
+        khat = math.nan
+        if not self.learned_density and log_weights.isfinite().all():
+            khat = float(az.psislw(log_weights.double().cpu().numpy())[1])
+        row = {
+            "guide": self.label,
+            "knn_kl": kl.value,
+            "knn_kl_se": kl.standard_error,
+            "elbo": log_weights.mean().item(),
+            **_moment_errors(draws, self.truth.draws),
+            "khat": khat,
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+        return row, draws
+
+
+def _build_guides(
+    model: Callable, guides: Sequence[str | Callable] | Mapping[str, str | Callable]
+) -> dict[str, Callable]:
+    """Return guides by label, those given by name made for the model."""
+    if isinstance(guides, str) or not isinstance(guides, (Sequence, Mapping)):
+        guides = [guides]
+    if not isinstance(guides, Mapping):
+        labels = [g if isinstance(g, str) else _guide_name(g) for g in guides]
+        repeated = {label for label in labels if labels.count(label) > 1}
+        if repeated:
+            raise ValueError(
+                f"guides: found {sorted(repeated)} more than once; give a mapping from labels"
+            )
+        guides = dict(zip(labels, guides, strict=True))
+    if not guides:
+        raise ValueError(f"guides: found none, expected some of {list(GUIDES)} or guides")
+    if REFERENCE in guides:
+        raise ValueError(f"guides: the label {REFERENCE!r} is the reference's")
+    built = {}
+    for label, guide in guides.items():
+        if isinstance(guide, str):
+            if guide not in GUIDES:
+                near = difflib.get_close_matches(guide, GUIDES, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"guides: found the unknown name {guide!r}, expected some of "
+                    f"{list(GUIDES)}{hint}"
+                )
+            guide = GUIDES[guide](model)
+        if not callable(guide):
+            raise ValueError(f"guides: {label!r} is not callable, found {type(guide).__name__}")
+        built[label] = guide
+    return built
+
+
+def _guide_name(guide: Callable) -> str:
+    return getattr(guide, "__name__", type(guide).__name__)
+
+
+def _recipe(guide: Callable, learned_density: bool) -> dict[str, Any]:
+    """Say how a kind of guide is fitted."""
+    if learned_density:
+        # Found by tests/benchmarks/avb_study.py. What makes it reliable is to start from a
+        # tempered likelihood, and three steps of a discriminator with many samples.
+        adam = partial(torch.optim.Adam, betas=ADVERSARIAL_BETAS, fused=True)
+        return {
+            "loss": AVB_ELBO(num_particles=128, num_adversary_particles=384),
+            "num_steps": 6000,
+            "optim": partial(adam, lr=5e-4),
+            "adversary_optim": partial(adam, lr=3e-3),
+            "num_adversary_steps": 3,
+            "adversary_schedule": cosine(end=0.1),
+            "likelihood_weight": linear(0.1, until=0.4),
+            "average": 0.99,
+        }
+    elbo = Trace_ELBO(num_particles=128, vectorize_particles=True)
+    learning_rate = 5e-3 if isinstance(guide, AutoFlow) else 2e-2
+    return {
+        "loss": elbo,
+        "num_steps": 2400 if isinstance(guide, AutoFlow) else 1500,
+        "optim": partial(torch.optim.Adam, lr=learning_rate),
+        "average": 0.99,
+    }
+
+
+def _check_sites(
+    label: str, guide: Callable, density: UnconstrainedModel, args: tuple, kwargs: dict
+) -> None:
+    with poutine.block(), torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    found = {
+        name
+        for name, site in trace.iter_stochastic_nodes()
+        if not site["infer"].get("is_auxiliary") and not site_is_subsample(site)
+    }
+    missing, extra = set(density.sites) - found, found - set(density.sites)
+    if missing or extra:
+        parts = [f"misses the model's sites {sorted(missing)}"] if missing else []
+        parts += [f"has the sites {sorted(extra)}, which the model does not"] if extra else []
+        raise ValueError(
+            f"guide {label!r} {' and '.join(parts)}: found {sorted(found)}, "
+            f"expected {sorted(density.sites)} (others need infer={{'is_auxiliary': True}})"
+        )
+
+
+def _chains(values: Mapping[str, Any], density: UnconstrainedModel) -> Tensor:
+    """Return reference draws by site as unconstrained vectors [chains, n, d]."""
+    missing = set(density.sites) - set(values)
+    if missing:
+        raise ValueError(
+            f"reference: the model's sites {sorted(missing)} are missing, found {sorted(values)}"
+        )
+    grouped = {}
+    for name, site in density.sites.items():
+        x = torch.as_tensor(values[name], dtype=density.dtype, device=density.device)
+        batch = x.dim() - len(site.shape)
+        if batch not in (1, 2) or x.shape[batch:] != site.shape:
+            raise ValueError(
+                f"reference: site {name!r} has the shape {list(x.shape)}, expected "
+                f"[n, *{list(site.shape)}] or [chains, n, *{list(site.shape)}]"
+            )
+        grouped[name] = x if batch == 2 else x[None]
+    z = density.unconstrain(grouped)
+    if not z.isfinite().all():
+        raise ValueError("reference: some draws are not finite in unconstrained space")
+    return z
+
+
+def _thin(z: Tensor, num_draws: int) -> Tensor:
+    """Keep num_draws evenly spaced rows, or all if there are fewer."""
+    if len(z) <= num_draws:
+        return z
+    return z[torch.linspace(0, len(z) - 1, num_draws, device=z.device).round().long()]
+
+
+@torch.no_grad()
+def _draw(density: UnconstrainedModel, guide: Callable, num_draws: int) -> tuple[Tensor, Tensor]:
+    """Draw from a guide: unconstrained vectors [n, d] and log p(x, z) − log q(z) [n]."""
+    try:
+        values, log_weights = _draw_vectorized(density, guide, num_draws)
+    except (RuntimeError, ValueError, IndexError) as error:
+        warnings.warn(
+            f"the guide or the model cannot be run for many draws at once ({error}); "
+            "drawing one at a time, which is slow",
+            stacklevel=2,
+        )
+        runs = [_run(density, guide) for _ in range(num_draws)]
+        log_weights = torch.stack([p.log_prob_sum() - q.log_prob_sum() for p, q in runs])
+        values = {
+            name: torch.stack([q.nodes[name]["value"] for _, q in runs]) for name in density.sites
+        }
+    return density.unconstrain(values), log_weights
+
+
+def _run(density: UnconstrainedModel, guide: Callable) -> tuple[poutine.Trace, poutine.Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*density.args, **density.kwargs)
+    model = poutine.replay(density.model, trace=guide_trace)
+    return poutine.trace(model).get_trace(*density.args, **density.kwargs), guide_trace
+
+
+def _draw_vectorized(
+    density: UnconstrainedModel, guide: Callable, num_draws: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run guide and model once, inside a plate of draws to the left of all others."""
+    plates = [
+        -frame.dim
+        for trace in _run(density, guide)
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    dim = -1 - max(plates, default=0)
+    with pyro.plate("_draws", num_draws, dim=dim):
+        model_trace, guide_trace = _run(density, guide)
+    values = {
+        name: guide_trace.nodes[name]["value"].reshape(num_draws, *site.shape)
+        for name, site in density.sites.items()
+    }
+    log_weights = torch.zeros(num_draws, dtype=density.dtype, device=density.device)
+    for sign, trace in ((1, model_trace), (-1, guide_trace)):
+        trace.compute_log_prob()
+        for site in trace.nodes.values():
+            if site["type"] != "sample" or "log_prob" not in site:
+                continue
+            log_prob = site["log_prob"]
+            # What does not vary over the draws, a constant factor say, may lack their dimension.
+            if log_prob.dim() < -dim or log_prob.shape[dim] != num_draws:
+                log_weights += sign * log_prob.sum()
+            else:
+                log_weights += sign * log_prob.reshape(num_draws, -1).sum(1)
+    return values, log_weights
+
+
+def _to_sites(density: UnconstrainedModel, z: Tensor) -> dict[str, NDArray]:
+    """Return draws z [n, d] by site, [n, *site], as arrays."""
+    return {name: x.detach().cpu().numpy() for name, x in density.constrain(z).items()}
+
+
+def _coordinates(values: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """Name every entry of the sites' values: ``eta[0]``, ``eta[1]``, …, each [n]."""
+    result = {}
+    for name, x in values.items():
+        for index in np.ndindex(x.shape[1:]):
+            label = f"{name}[{', '.join(map(str, index))}]" if index else name
+            result[label] = x[(slice(None), *index)]
+    return result
+
+
+def _moment_errors(z: Mapping[str, NDArray], truth: Mapping[str, NDArray]) -> dict[str, float]:
+    """Compare the sites' moments, in posterior standard deviations."""
+    x, y = (np.stack(list(_coordinates(draws).values()), 1).astype(float) for draws in (z, truth))
+    scale = y.std(0)
+    varies = scale > 0  # not the zeros of a Cholesky factor
+    mean_error = np.abs(x.mean(0) - y.mean(0))[varies] / scale[varies]
+    sd_error = np.abs(x.std(0) - scale)[varies] / scale[varies]
+    return {"max_mean_error": float(mean_error.max()), "max_sd_error": float(sd_error.max())}
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch's generators, and set them back afterwards."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _private_params(guide: Callable) -> Iterator[None]:
+    """Give a guide a parameter store of its own, with the user's parameters in it.
+
+    Guides of one class share their parameters' names, so each takes its own from its module.
+    """
+    store = pyro.get_param_store()
+    state = store.get_state()
+    prefix = getattr(guide, "_pyro_name", None)
+    own = {name for name in state["params"] if prefix and name.startswith(f"{prefix}.")}
+    state = {
+        kind: {name: value for name, value in entries.items() if name not in own}
+        for kind, entries in state.items()
+    }
+    with store.scope(state):
+        yield
