@@ -236,7 +236,7 @@ def compare(
             raise ValueError(f"options: found {label!r}, expected some of {list(built)}")
     density = UnconstrainedModel(model, args, kwargs)
     for label, guide in built.items():
-        with _private_params(guide):
+        with _seeded(seed), _private_params(guide):  # a guide's first call makes its parameters
             _check_sites(label, guide, density, args, kwargs)
     with _seeded(seed):
         truth = _Reference(reference, density, num_draws, num_chains, num_samples, progress)
@@ -304,7 +304,8 @@ class _Reference:
     def row(self) -> dict[str, Any]:
         """Return the reference's own row: its second half against the first."""
         # Draws that repeat because proposals were rejected are no atoms of the posterior.
-        kl = self.kl(torch.unique(self.second, dim=0))
+        _, first_seen = np.unique(self.second.cpu().numpy(), axis=0, return_index=True)
+        kl = self.kl(self.second[np.sort(first_seen)])
         return {
             "guide": REFERENCE,
             "knn_kl": kl.value,
@@ -334,7 +335,7 @@ class _Study:
         self.learned_density = has_learned_density(guide, *args, **kwargs)
 
     def fit(self, num_steps: int | None, options: Mapping[str, Any]) -> None:
-        recipe = {**_recipe(self.guide, self.learned_density), **options}
+        recipe = {**_recipe(self.density, self.guide, self.learned_density), **options}
         if num_steps is not None:
             recipe["num_steps"] = num_steps
         self.steps = recipe["num_steps"]
@@ -416,14 +417,15 @@ def _guide_name(guide: Callable) -> str:
     return getattr(guide, "__name__", type(guide).__name__)
 
 
-def _recipe(guide: Callable, learned_density: bool) -> dict[str, Any]:
+def _recipe(density: UnconstrainedModel, guide: Callable, learned_density: bool) -> dict[str, Any]:
     """Say how a kind of guide is fitted."""
+    nesting = _max_plate_nesting(density, guide)
     if learned_density:
         # Found by tests/benchmarks/avb_study.py. What makes it reliable is to start from a
         # tempered likelihood, and three steps of a discriminator with many samples.
         adam = partial(torch.optim.Adam, betas=ADVERSARIAL_BETAS, fused=True)
         return {
-            "loss": AVB_ELBO(num_particles=128, num_adversary_particles=384),
+            "loss": AVB_ELBO(128, num_adversary_particles=384, max_plate_nesting=nesting),
             "num_steps": 6000,
             "optim": partial(adam, lr=5e-4),
             "adversary_optim": partial(adam, lr=3e-3),
@@ -432,7 +434,7 @@ def _recipe(guide: Callable, learned_density: bool) -> dict[str, Any]:
             "likelihood_weight": linear(0.1, until=0.4),
             "average": 0.99,
         }
-    elbo = Trace_ELBO(num_particles=128, vectorize_particles=True)
+    elbo = Trace_ELBO(num_particles=128, vectorize_particles=True, max_plate_nesting=nesting)
     learning_rate = 5e-3 if isinstance(guide, AutoFlow) else 2e-2
     return {
         "loss": elbo,
@@ -503,7 +505,8 @@ def _draw(density: UnconstrainedModel, guide: Callable, num_draws: int) -> tuple
             "drawing one at a time, which is slow",
             stacklevel=2,
         )
-        runs = [_run(density, guide) for _ in range(num_draws)]
+        with poutine.block():
+            runs = [_run(density, guide) for _ in range(num_draws)]
         log_weights = torch.stack([p.log_prob_sum() - q.log_prob_sum() for p, q in runs])
         values = {
             name: torch.stack([q.nodes[name]["value"] for _, q in runs]) for name in density.sites
@@ -517,20 +520,29 @@ def _run(density: UnconstrainedModel, guide: Callable) -> tuple[poutine.Trace, p
     return poutine.trace(model).get_trace(*density.args, **density.kwargs), guide_trace
 
 
+def _max_plate_nesting(density: UnconstrainedModel, guide: Callable) -> int:
+    """Return how many plate dimensions guide and model use."""
+    with poutine.block(), torch.no_grad():
+        traces = _run(density, guide)
+    return max(
+        (
+            -frame.dim
+            for trace in traces
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+            if frame.vectorized
+        ),
+        default=0,
+    )
+
+
 def _draw_vectorized(
     density: UnconstrainedModel, guide: Callable, num_draws: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run guide and model once, inside a plate of draws to the left of all others."""
-    plates = [
-        -frame.dim
-        for trace in _run(density, guide)
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    dim = -1 - max(plates, default=0)
-    with pyro.plate("_draws", num_draws, dim=dim):
+    dim = -1 - _max_plate_nesting(density, guide)
+    with poutine.block(), pyro.plate("_draws", num_draws, dim=dim):
         model_trace, guide_trace = _run(density, guide)
     values = {
         name: guide_trace.nodes[name]["value"].reshape(num_draws, *site.shape)

@@ -131,7 +131,8 @@ def fit(
             near the prior: with ``linear(0.1, until=0.4)`` a guide finds all modes before it has
             to fit each. 1 throughout by default.
         average: Decay of an exponential moving average of the parameters, which takes their place
-            at the end; 0 keeps the last iterate.
+            at the end; 0 keeps the last iterate. After k steps the decay is at most
+            (1 + k)/(10 + k), so that the average forgets the start.
         train_model: Whether the model's parameters are fitted too, or only the guide's.
         callback: Called as ``callback(step, loss)`` before the first step, after every
             ``callback_every`` steps and after the last, with averaged parameters in place.
@@ -142,7 +143,8 @@ def fit(
 
     Raises:
         NonFiniteError: If a loss or gradient is not finite, with the names of the sites that are
-            to blame. The parameters are left as they were after the last good step.
+            to blame. The parameters are left as they were after the last good step, averaged if
+            ``average`` is given.
         ValueError: If ``num_steps`` or ``num_adversary_steps`` is not positive, ``average`` not in
             [0, 1), or there is nothing to fit.
 
@@ -231,6 +233,7 @@ class _Player:
         self.hidden = hidden
         self.optimizer: torch.optim.Optimizer | None = None
         self.rates: list[float] = []
+        self.num_steps = 0
         self.params: dict[Tensor, Tensor] = {}  # parameter → its moving average
 
     def step(
@@ -260,11 +263,11 @@ class _Player:
         self.optimizer.step()
         for param in self.params:
             param.grad = None
+        self.num_steps += 1
         if self.average:
+            decay = min(self.average, (1 + self.num_steps) / (10 + self.num_steps))
             with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.params.values()), list(self.params), 1 - self.average
-                )
+                torch._foreach_lerp_(list(self.params.values()), list(self.params), 1 - decay)
         return value
 
     def _meet(self, trace: poutine.Trace) -> None:
