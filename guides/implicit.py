@@ -17,20 +17,24 @@ from .sampled import AutoSampled
 
 __all__ = ["AutoImplicit"]
 
+NUM_MOMENT_DRAWS = 4096  # for the adaptive contrast's first moments
+
 
 class _Sampler(nn.Module):
-    """z = loc + scale · network(ε)."""
+    """z = loc + scale · network(ε), with a fixed location and scale."""
 
-    def __init__(self, network: nn.Module, noise_dim: int, loc: Tensor, init_scale: float) -> None:
+    loc: Tensor
+
+    def __init__(self, network: nn.Module, noise_dim: int, loc: Tensor, scale: float) -> None:
         super().__init__()
         self.noise_dim = noise_dim
         self.network = network
-        self.loc = nn.Parameter(loc.clone())
-        self.log_scale = nn.Parameter(torch.full_like(loc, init_scale).log())
+        self.scale = scale
+        self.register_buffer("loc", loc.clone())
 
     def forward(self, shape: Size) -> Tensor:
         noise = torch.randn(*shape, self.noise_dim, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.log_scale.exp() * self.network(noise)
+        return self.loc + self.scale * self.network(noise)
 
 
 class PriorContrast(nn.Module):
@@ -77,7 +81,8 @@ class AutoImplicit(AutoSampled):
             ``"prior"`` (Algorithm 1), for models whose prior can be sampled.
         discriminator: Takes d to T, a module [\*, d] → [\*].
         init_loc_fn: Where each site starts, as in Pyro's AutoGuides.
-        init_scale: Standard deviation of the initial posterior, in unconstrained space.
+        init_scale: Unit of the network's output, in unconstrained space: about the posterior's
+            standard deviations.
 
     Raises:
         ValueError: For an unknown contrast; where the guide meets a model whose latents it cannot
@@ -129,13 +134,16 @@ class AutoImplicit(AutoSampled):
                 f"noise_dim must be at least the number of latents, or the guide has no density: "
                 f"found {noise_dim}, expected {dim} or more"
             )
+        network = MLP(noise_dim, dim, self.hidden_dims)
+        sampler = _Sampler(network, noise_dim, loc, self.init_scale).to(loc)
         contrast: Contrast
         if self.contrast == "adaptive":
-            contrast = AdaptiveContrast(loc, torch.full_like(loc, self.init_scale))
+            with torch.no_grad():
+                variance, mean = torch.var_mean(sampler(Size((NUM_MOMENT_DRAWS,))), 0)
+            contrast = AdaptiveContrast(mean, variance.sqrt())
         else:
             contrast = PriorContrast(UnconstrainedModel(self._prior[0], args, kwargs))
-        network = MLP(noise_dim, dim, self.hidden_dims)
-        self.sampler = _Sampler(network, noise_dim, loc, self.init_scale).to(loc)
+        self.sampler = sampler
         self.ratio = DensityRatio(self.discriminator(dim), contrast).to(loc)
 
     @pyro_method
