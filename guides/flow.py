@@ -53,7 +53,7 @@ class AutoFlow(AutoSampled):
     All parameters exist after the first call or after :meth:`setup`.
 
     Args:
-        model: A Pyro model with at least two continuous latent dimensions.
+        model: A Pyro model with continuous latent sites.
         flow: Takes the dimension d and ``flow_kwargs`` to a Zuko flow.
         init_loc_fn: Where each site starts, as in Pyro's AutoGuides.
         init_scale: Initial σ.
@@ -106,6 +106,7 @@ class AutoFlow(AutoSampled):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the distribution of the latents in unconstrained space."""
+        self.setup(*args, **kwargs)
         # Zuko's transforms lead from z to u. Made anew in each call: a ZukoToPyro keeps every
         # sample in its cache as long as it lives.
         flow, scale = self.flow(), self.log_scale.exp()

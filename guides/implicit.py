@@ -152,6 +152,7 @@ class AutoImplicit(AutoSampled):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
         """Return the distribution of the latents in unconstrained space."""
+        self.setup(*args, **kwargs)
         # A PyroModule registers the parameters of a submodule where it is looked up. Looked up
         # past that, T's stay out of the guide's; `_log_ratio` shows them to the adversary.
         ratio: Any = self._modules["ratio"]

@@ -40,7 +40,6 @@ class AutoSampled(AutoContinuous):
         self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Return each site's quantiles [len(quantiles), *site], from 10,000 draws."""
-        self.setup(*args, **kwargs)
         draws = self.get_posterior(*args, **kwargs)((NUM_DRAWS,))
         levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)
         result: dict[str, list[Tensor]] = {}

@@ -14,11 +14,13 @@ LOC = torch.zeros(2)
 SCALE_TRIL = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
 
 
-def _point_in_plane(like: Tensor) -> Tensor:
-    """Sample the site ``x`` [2] under a flat density.
+def _point_in_plane(name: str, like: Tensor) -> Tensor:
+    """Sample the site ``x`` [2] under a flat density, given the target's one number.
 
     The normal distribution only says where to start: masked, it adds nothing to the log density.
     """
+    if like.dim() != 0:
+        raise ValueError(f"{name} must be a single number, shape []; found {list(like.shape)}")
     zero, two = like.new_zeros(2), like.new_full((2,), 2.0)
     return pyro.sample("x", dist.Normal(zero, two).to_event(1).mask(False))
 
@@ -33,6 +35,9 @@ def rosenbrock(center: Tensor = CENTER) -> None:
     Args:
         center: c [].
 
+    Raises:
+        ValueError: If ``center`` is not a single number.
+
     References:
         | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017)
         | https://arxiv.org/abs/1701.04722
@@ -43,7 +48,7 @@ def rosenbrock(center: Tensor = CENTER) -> None:
         >>> pyro.poutine.trace(conditioned).get_trace().log_prob_sum()
         tensor(0.)
     """
-    x = _point_in_plane(center)
+    x = _point_in_plane("center", center)
     x1, x2 = x[..., 0], x[..., 1]
     pyro.factor("log_density", -((x1 - center) ** 2) - (x2**2 - x1) ** 2)
 
@@ -58,6 +63,9 @@ def torus(squared_radius: Tensor = SQUARED_RADIUS) -> None:
     Args:
         squared_radius: R² [].
 
+    Raises:
+        ValueError: If ``squared_radius`` is not a single number.
+
     References:
         | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017)
         | https://arxiv.org/abs/1701.04722
@@ -67,7 +75,7 @@ def torus(squared_radius: Tensor = SQUARED_RADIUS) -> None:
         >>> pyro.poutine.trace(conditioned).get_trace().log_prob_sum()
         tensor(0.)
     """
-    x = _point_in_plane(squared_radius)
+    x = _point_in_plane("squared_radius", squared_radius)
     pyro.factor("log_density", -((x.square().sum(-1) - squared_radius) ** 2))
 
 
@@ -82,8 +90,16 @@ def gauss(loc: Tensor = LOC, scale_tril: Tensor = SCALE_TRIL) -> None:
         loc: μ [d].
         scale_tril: L [d, d], lower triangular.
 
+    Raises:
+        ValueError: If the shapes are not [d] and [d, d].
+
     Example:
         >>> pyro.poutine.trace(gauss).get_trace().nodes["x"]["value"].shape
         torch.Size([2])
     """
+    if loc.dim() != 1 or scale_tril.shape != (len(loc), len(loc)):
+        raise ValueError(
+            "loc must have the shape [d] and scale_tril [d, d]; "
+            f"found {list(loc.shape)} and {list(scale_tril.shape)}"
+        )
     pyro.sample("x", dist.MultivariateNormal(loc, scale_tril=scale_tril))

@@ -40,8 +40,9 @@ def knn_kl(x: Tensor | NDArray, y: Tensor | NDArray, k: int = 3) -> KnnKL:
     error is that of the mean over 20 disjoint blocks (which tends to be on the large side), so
     serial correlation within blocks is accounted for.
 
-    Repeated x (an MCMC chain that rejects, a sampler collapsed to a point) make the estimate +∞:
-    a distribution with atoms is infinitely far from one with a density.
+    More than k copies of one x (a sampler collapsed to a point, an MCMC chain that is stuck) make
+    the estimate +∞: a distribution with atoms is infinitely far from one with a density. Fewer
+    copies only bias it upwards.
 
     Args:
         x: Samples of q [n, d].

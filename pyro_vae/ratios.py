@@ -7,11 +7,12 @@ T* = log q − log r, so that log q(z) ≈ T(z) + log r(z) takes the place of lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Protocol
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.poutine import Trace
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal, constraints
 from torch.nn.functional import softplus
@@ -22,6 +23,7 @@ __all__ = [
     "DensityRatio",
     "ImplicitDistribution",
     "f_divergence_loss",
+    "implicit_distributions",
     "logistic_loss",
 ]
 
@@ -142,8 +144,9 @@ class AdaptiveContrast(nn.Module):
             return
         variance, loc = torch.var_mean(z, 0)
         # Moving second moments about the moving mean, so that a drift of the mean is not variance.
-        self.loc.lerp_(loc, 1 - self.decay)
-        self.scale.square_().lerp_(variance, 1 - self.decay).sqrt_()
+        # Not in place: the graph of a loss that is still to be differentiated holds μ and σ.
+        self.loc = self.loc.lerp(loc, 1 - self.decay)
+        self.scale = self.scale.square().lerp(variance, 1 - self.decay).sqrt()
 
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
@@ -264,3 +267,19 @@ class ImplicitDistribution(TorchDistribution):
             contrast = self.ratio.contrast.sample(shape)
         t_q, t_r = self.adversary(torch.stack([z, contrast]))
         return t_q, t_r
+
+
+def implicit_distributions(trace: Trace) -> Iterator[ImplicitDistribution]:
+    """Yield the distributions of a guide's trace whose density is learned.
+
+    They are found under whatever wraps them: ``to_event``, ``mask``, a transformation.
+
+    Args:
+        trace: A trace of the guide.
+    """
+    for _, site in trace.iter_stochastic_nodes():
+        fn = site["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if getattr(fn, "learned_density", False):
+            yield fn

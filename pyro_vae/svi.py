@@ -16,6 +16,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .ratios import implicit_distributions
+
 __all__ = ["FitResult", "NonFiniteError", "Schedule", "constant", "cosine", "fit", "linear"]
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -178,8 +180,8 @@ def fit(
     hidden = set() if train_model else _param_names(model, guide, args, kwargs)
     player = _Player(loss.differentiable_loss, optim, average, hidden)
     opponent = _Player(adversary, adversary_optim) if adversary else None
-    losses = torch.full((num_steps,), math.nan)
-    adversary_losses = torch.full((num_steps,), math.nan)
+    losses = torch.full((num_steps,), math.nan, dtype=torch.float64, device="cpu")
+    adversary_losses = losses.clone()
     seconds, value = 0.0, math.nan
     if callback is not None:
         callback(0, value)
@@ -243,13 +245,13 @@ class _Player:
         with poutine.trace(param_only=True) as capture:
             loss = self.loss(model, guide, *args, **kwargs)
         self._meet(capture.trace)
-        if not loss.requires_grad:
+        if not self.params or not loss.requires_grad:
             raise ValueError("the loss depends on no parameter: there is nothing to fit")
         for param in self.params:
             param.grad = None
         value = loss.item()
         if math.isfinite(value):
-            loss.backward()
+            loss.backward(inputs=list(self.params))  # and none left in a model held fixed
         grads = [param.grad for param in self.params if param.grad is not None]
         # One number that is not finite if any entry is not.
         total = sum(grad.sum() for grad in grads) if math.isfinite(value) else value
@@ -328,9 +330,7 @@ def has_learned_density(guide: Callable, *args: Any, **kwargs: Any) -> bool:
     """
     with poutine.block(), torch.no_grad():
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return any(
-        getattr(site["fn"], "learned_density", False) for _, site in trace.iter_stochastic_nodes()
-    )
+    return any(True for _ in implicit_distributions(trace))
 
 
 def _unconstrained(value: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro.poutine as poutine
@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from ..ratios import ImplicitDistribution, f_divergence_loss, logistic_loss
+from ..ratios import f_divergence_loss, implicit_distributions, logistic_loss
 
 __all__ = ["AVB_ELBO"]
 
@@ -120,7 +120,7 @@ class AVB_ELBO(Trace_ELBO):  # noqa: N801 - Pyro's way to name losses
         # Hidden, or SVI would hand the guide's parameters to the adversary's optimiser.
         with poutine.block(hide_types=["param"]):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        implicit = list(_implicit_distributions(guide_trace))
+        implicit = list(implicit_distributions(guide_trace))
         if not implicit:
             raise ValueError(
                 "AVB_ELBO.adversary found no guide site with a learned density: found the sites "
@@ -141,15 +141,6 @@ class AVB_ELBO(Trace_ELBO):  # noqa: N801 - Pyro's way to name losses
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return torch_item(loss)
-
-
-def _implicit_distributions(trace: poutine.Trace) -> Iterator[ImplicitDistribution]:
-    for _, site in trace.iter_stochastic_nodes():
-        fn = site["fn"]
-        while hasattr(fn, "base_dist"):  # Independent, masked
-            fn = fn.base_dist
-        if getattr(fn, "learned_density", False):
-            yield fn
 
 
 def _check_reparameterized(trace: poutine.Trace) -> None:
