@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +59,8 @@ COLUMNS = (
     "steps",
     "seconds",
 )
+
+MAX_R_HAT = 1.01  # Vehtari et al. (2021)
 
 CURVE_POINTS = 12
 CURVE_DRAWS = 2500  # a side shows where a curve goes; the table takes num_draws
@@ -255,7 +258,7 @@ def compare(
             rows.append(row)
             if progress:
                 result = errors.get(label) or f"KL to the reference {row['knn_kl']:.3f}"
-                tqdm.write(f"{label}: {result}")
+                _say(f"{label}: {result}")
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["steps"] = table["steps"].astype("Int64")
     if errors:
@@ -284,6 +287,7 @@ class _Reference:
             source.run(*density.args, **density.kwargs)
             self.seconds = time.perf_counter() - started
             self.steps = source.warmup_steps + source.num_samples
+            _check_hmc(source, progress)
         self.source = source
         values = source if isinstance(source, Mapping) else source.get_samples(group_by_chain=True)
         z = _chains(values, density)
@@ -462,6 +466,29 @@ def _check_sites(
             f"guide {label!r} {' and '.join(parts)}: found {sorted(found)}, "
             f"expected {sorted(density.sites)} (others need infer={{'is_auxiliary': True}})"
         )
+
+
+def _check_hmc(mcmc: HMC, progress: bool) -> None:
+    """Say how far our chains have converged, and warn if they are not to be trusted."""
+    diagnostics = mcmc.diagnostics()
+    # Many short chains cannot pass plain R̂; few long ones have no superchains.
+    kind = "nested_r_hat" if mcmc.num_superchains < mcmc.num_chains else "r_hat"
+    worst = max(float(diagnostics[name][kind].max()) for name in mcmc.model_density.sites)
+    divergences = sum(len(indices) for indices in diagnostics["divergences"].values())
+    found = f"largest {kind} {worst:.4f}, {divergences} divergences"
+    if progress:
+        _say(f"{REFERENCE}: {mcmc.num_chains} chains × {mcmc.num_samples} draws, {found}")
+    if not worst < MAX_R_HAT or divergences:
+        warnings.warn(
+            f"HMC may be far from the posterior, and with it every row: {found}; expected below "
+            f"{MAX_R_HAT} and none; give more samples, another parametrisation or a reference",
+            stacklevel=4,
+        )
+
+
+def _say(line: str) -> None:
+    """Print a line above the progress bars, on stderr as they are."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _chains(values: Mapping[str, Any], density: UnconstrainedModel) -> Tensor:
