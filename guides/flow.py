@@ -28,7 +28,7 @@ __all__ = ["AutoFlow"]
 class FlowDistribution(ZukoToPyro):
     """A Zuko distribution as a Pyro distribution, with ``rsample`` and a support besides."""
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
 
     def rsample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 - torch's own default

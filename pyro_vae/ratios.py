@@ -217,7 +217,7 @@ class ImplicitDistribution(TorchDistribution):
         torch.Size([7])
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
     has_rsample = True
 

@@ -14,7 +14,7 @@ import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .ratios import implicit_distributions
 

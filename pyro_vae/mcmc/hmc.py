@@ -11,7 +11,7 @@ import torch
 from pyro.infer.mcmc.util import select_samples
 from pyro.ops.stats import hpdi
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..capture import UnconstrainedModel, capture
 from ..threads import one_thread_if_small
