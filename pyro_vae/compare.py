@@ -26,7 +26,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .capture import UnconstrainedModel
 from .divergences import knn_kl
@@ -72,7 +72,9 @@ class Comparison:
     Attributes:
         table: One row a posterior, the reference against itself first. See :func:`compare`.
         draws: By name, reference last: by site, draws [num_draws, *site].
-        curves: By guide: pairs of step and kNN KL to the reference while it was fitted.
+        curves: By guide: pairs of step and kNN KL to the reference while it was fitted, on fewer
+            draws than in the table.
+        baseline: The kNN KL of the reference to itself on as many draws as in the curves.
         errors: By guide: why its fit failed.
         reference: What the reference draws came from.
     """
@@ -82,12 +84,14 @@ class Comparison:
         table: pd.DataFrame,
         draws: Mapping[str, Mapping[str, NDArray]],
         curves: Mapping[str, Sequence[tuple[int, float]]],
+        baseline: float,
         errors: Mapping[str, str],
         reference: Any,
     ) -> None:
         self.table = table
         self.draws = draws
         self.curves = curves
+        self.baseline = baseline
         self.errors = errors
         self.reference = reference
 
@@ -121,7 +125,7 @@ class Comparison:
         """
         if not self.curves:
             raise ValueError("no guide was fitted in this comparison: there is no curve to plot")
-        return plot_convergence(self.curves, baseline=float(self.table["knn_kl"].iloc[0]))
+        return plot_convergence(self.curves, baseline=self.baseline)
 
     def to_arviz(self) -> dict[str, az.InferenceData]:
         """Return an ``InferenceData`` with a ``posterior`` group for each posterior, by name."""
@@ -264,7 +268,8 @@ def compare(
     if errors:
         table["error"] = table["guide"].map(errors)
     draws[REFERENCE] = truth.draws
-    return Comparison(table, draws, curves, errors, truth.source)
+    baseline = truth.own_kl(CURVE_DRAWS).value
+    return Comparison(table, draws, curves, baseline, errors, truth.source)
 
 
 class _Reference:
@@ -302,14 +307,22 @@ class _Reference:
             raise ValueError("reference: some coordinate has the same value in all draws")
 
     def kl(self, z: Tensor) -> Any:
-        """Return the kNN KL of draws z [n, d] to the reference, in its standard deviations."""
-        return knn_kl(z / self.scale, self.first / self.scale)
+        """Return the kNN KL of draws z [n, d] to as many of the reference's, in its sds.
+
+        As many, because the estimator's bias depends on both numbers.
+        """
+        return knn_kl(z / self.scale, _thin(self.first, len(z)) / self.scale)
+
+    def own_kl(self, num_draws: int) -> Any:
+        """Return the kNN KL of the reference's second half to its first."""
+        # Draws that repeat because proposals were rejected are no atoms of the posterior.
+        draws = _thin(self.second, num_draws)
+        _, first_seen = np.unique(draws.cpu().numpy(), axis=0, return_index=True)
+        return self.kl(draws[np.sort(first_seen)])
 
     def row(self) -> dict[str, Any]:
         """Return the reference's own row: its second half against the first."""
-        # Draws that repeat because proposals were rejected are no atoms of the posterior.
-        _, first_seen = np.unique(self.second.cpu().numpy(), axis=0, return_index=True)
-        kl = self.kl(self.second[np.sort(first_seen)])
+        kl = self.own_kl(len(self.second))
         return {
             "guide": REFERENCE,
             "knn_kl": kl.value,
