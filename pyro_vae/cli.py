@@ -6,9 +6,9 @@ import importlib
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jsonargparse
 import torch
@@ -62,19 +62,34 @@ def compare(
         seed=seed,
         **_data(function, _find_device(device), getattr(torch, dtype)),
     )
-    result.save(out)
     print(result)
-    print(f"\nwritten to {out}")
+    result.save(out)
+    print(f"written to {out}", file=sys.stderr)
     return 1 if result.errors else 0
 
 
-def main(args: Sequence[str] | None = None) -> int:
+class _Parser(jsonargparse.ArgumentParser):
+    def add_argument(self, *args: str, **kwargs: Any) -> Any:
+        """Spell options with hyphens: ``num_chains`` is ``--num-chains``."""
+        names = [name if name == "--print_config" else name.replace("_", "-") for name in args]
+        return super().add_argument(*names, **kwargs)
+
+
+def main(args: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     try:
-        return jsonargparse.auto_cli({"compare": compare}, args=args, prog="pyro-vae")
+        return jsonargparse.auto_cli(
+            {"compare": compare},
+            args=args,
+            prog="pyro-vae",
+            parser_class=_Parser,
+        )
     except (ValueError, OSError) as error:
         print(f"pyro-vae: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pyro-vae: interrupted", file=sys.stderr)
+        return 130
 
 
 def _find_model(name: str) -> Callable:
@@ -104,9 +119,9 @@ def _find_device(name: str) -> torch.device:
     return device
 
 
-def _data(model: Callable, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+def _data(model: Callable, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the model's default arguments, tensors on the device and in the type."""
-    data = {}
+    data: dict[str, Any] = {}
     for name, parameter in inspect.signature(model).parameters.items():
         value = parameter.default
         if value is inspect.Parameter.empty:
