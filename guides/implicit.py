@@ -98,8 +98,8 @@ class AutoImplicit(AutoSampled):
         >>> guide = AutoImplicit(eight_schools_avb)
         >>> guide.setup()
         >>> draws = Predictive(eight_schools_avb, guide=guide, num_samples=100, parallel=True)()
-        >>> draws["tau"].shape
-        torch.Size([100])
+        >>> draws["eta"].shape
+        torch.Size([100, 8])
     """
 
     def __init__(

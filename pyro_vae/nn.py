@@ -20,6 +20,7 @@ class MLP(nn.Sequential):
         activation: Class of the activation.
 
     Example:
+        >>> import torch
         >>> MLP(3, 2, (16, 16))(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
@@ -57,6 +58,7 @@ class ResidualDiscriminator(nn.Module):
         | https://arxiv.org/abs/1701.04722
 
     Example:
+        >>> import torch
         >>> ResidualDiscriminator(10)(torch.randn(4, 3, 10))
         tensor([[0., 0., 0.],
                 [0., 0., 0.],
