@@ -230,7 +230,7 @@ class UnconstrainedModel:
             with _validation(pyro.distributions.is_validation_enabled()):
                 trace = self._run(self._from_prior)
             self._params = {
-                name: site["value"] if site["value"].is_leaf else site["value"].detach()
+                name: site["value"].detach().clone()
                 for name, site in trace.nodes.items()
                 if site["type"] == "param"
             }
@@ -771,8 +771,9 @@ def capture(
     if not compile:
         return _Captured(graph, graph, example_inputs)
     try:
-        # No code of ours runs here: the warnings are those of torch about itself.
-        with torch.no_grad(), warnings.catch_warnings():
+        # No code of ours runs here: the warnings are those of torch about itself. Its first
+        # compilation switches validation off for good, in all of torch.distributions.
+        with torch.no_grad(), _no_validation(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = torch.compile(graph, dynamic=False, fullgraph=True)
             compiled(*inputs)
