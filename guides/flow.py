@@ -53,7 +53,7 @@ class AutoFlow(AutoSampled):
     All parameters exist after the first call or after :meth:`setup`.
 
     Args:
-        model: A Pyro model with continuous latent sites.
+        model: A Pyro model with continuous latent sites, at least two for a coupling flow.
         flow: Takes the dimension d and ``flow_kwargs`` to a Zuko flow.
         init_loc_fn: Where each site starts, as in Pyro's AutoGuides.
         init_scale: Initial σ.

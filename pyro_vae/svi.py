@@ -147,8 +147,8 @@ def fit(
         NonFiniteError: If a loss or gradient is not finite, with the names of the sites that are
             to blame. The parameters are left as they were after the last good step, averaged if
             ``average`` is given.
-        ValueError: If ``num_steps`` or ``num_adversary_steps`` is not positive, ``average`` not in
-            [0, 1), or there is nothing to fit.
+        ValueError: If ``num_steps``, ``num_adversary_steps`` or ``callback_every`` is not
+            positive, ``average`` not in [0, 1), or there is nothing to fit.
 
     Example:
         >>> from pyro.infer import Trace_ELBO
@@ -159,7 +159,11 @@ def fit(
         >>> result.losses.shape
         torch.Size([200])
     """
-    for name, count in (("num_steps", num_steps), ("num_adversary_steps", num_adversary_steps)):
+    for name, count in (
+        ("num_steps", num_steps),
+        ("num_adversary_steps", num_adversary_steps),
+        ("callback_every", callback_every),
+    ):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, found {count}")
     if not 0 <= average < 1:
