@@ -4,6 +4,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -181,6 +182,21 @@ def test_as_two_svis_the_players_keep_apart(contrast, x):
         assert math.isfinite(adversary.step(x))
         assert changed(guide, before) == of_t | moments
         assert pyro.param("shift").item() == shift
+
+
+@pytest.mark.parametrize("contrast", ["adaptive", "prior"])
+def test_each_player_shows_pyro_its_own_parameters(contrast, x):
+    """SVI gives its optimiser all that it sees, and weight decay needs no gradient."""
+    guide = implicit(trainable, x, contrast=contrast)
+    elbo = AVB_ELBO(num_particles=8, max_plate_nesting=1)
+    seen = []
+    for loss in (elbo.differentiable_loss, elbo.adversary):
+        with poutine.trace(param_only=True) as trace:
+            loss(trainable, guide, x)
+        seen.append({node["value"].unconstrained() for node in trace.trace.nodes.values()})
+    of_t = set(guide.ratio.network.parameters())
+    assert seen[0] == {*guide.parameters(), pyro.param("shift").unconstrained()} - of_t
+    assert seen[1] == of_t
 
 
 def test_one_svi_under_trace_elbo_leaves_the_discriminator_alone(x):
