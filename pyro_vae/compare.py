@@ -22,6 +22,7 @@ import pyro.poutine as poutine
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.poutine.util import site_is_subsample
@@ -62,6 +63,11 @@ COLUMNS = (
 
 MAX_R_HAT = 1.01  # Vehtari et al. (2021)
 
+MIN_DRAWS = 4  # that have a third neighbour
+TRIAL_DRAWS = 3  # on which running many at once is held against running them one by one
+LOOPED_PARTICLES = 8  # where the model or the guide has to be run once a draw
+LOOPED_CURVE_DRAWS = 500
+EQUAL_WEIGHTS = 1e-3  # nats by which log importance weights may differ and count as equal
 CURVE_POINTS = 12
 CURVE_DRAWS = 2500  # a side shows where a curve goes; the table takes num_draws
 
@@ -146,8 +152,10 @@ class Comparison:
         directory.mkdir(parents=True, exist_ok=True)
         self.table.to_csv(directory / "table.csv", index=False)
         self.plot().savefig(directory / "posterior.png", dpi=120)
+        convergence = directory / "convergence.png"
+        convergence.unlink(missing_ok=True)
         if self.curves:
-            self.plot_convergence().savefig(directory / "convergence.png", dpi=120)
+            self.plot_convergence().savefig(convergence, dpi=120)
         file = directory / "draws.nc"
         file.unlink(missing_ok=True)
         for label, data in self.to_arviz().items():
@@ -183,8 +191,8 @@ def compare(
     ``max_mean_error``  largest difference of a site's mean from the reference's, in its posterior
                         standard deviations
     ``max_sd_error``    largest difference of a site's standard deviation, in the same unit
-    ``khat``            Pareto k̂ of the importance weights, usable below 0.7; only where the guide
-                        has a true density
+    ``khat``            Pareto k̂ of the importance weights, usable below 0.7; 0 where they are all
+                        equal; only where the guide has a true density
     ``steps``           optimisation steps, or transitions of each chain
     ``seconds``         time to fit or to sample, compilation included
     ==================  ===========================================================================
@@ -232,8 +240,8 @@ def compare(
         >>> list(comparison.table["guide"])
         ['hmc', 'AutoNormal']
     """
-    if num_draws < 2:
-        raise ValueError(f"num_draws must be at least 2, found {num_draws}")
+    if num_draws < MIN_DRAWS:
+        raise ValueError(f"num_draws must be at least {MIN_DRAWS}, found {num_draws}")
     if num_steps is not None and num_steps < 0:
         raise ValueError(f"num_steps must not be negative, found {num_steps}")
     built = _build_guides(model, guides)
@@ -255,7 +263,7 @@ def compare(
                     study.fit(num_steps, options.get(label, {}))
                     row, draws[label] = study.judge(num_draws)
                 except Exception as error:  # one guide's failure must not cost the other rows
-                    errors[label] = f"{type(error).__name__}: {error}"
+                    errors[label] = _describe(error)
                     row = {"guide": label}
                 if study.curve:
                     curves[label] = study.curve
@@ -294,24 +302,27 @@ class _Reference:
             self.steps = source.warmup_steps + source.num_samples
             _check_hmc(source, progress)
         self.source = source
-        values = source if isinstance(source, Mapping) else source.get_samples(group_by_chain=True)
-        z = _chains(values, density)
+        z = _chains(_get_samples(source), density)
         if len(z) > 1:  # even against odd chains, which are independent
             halves = [z[0::2].flatten(0, 1), z[1::2].flatten(0, 1)]
         else:
-            halves = list(z[0].chunk(2))
+            halves = list(z[0].tensor_split(2))
         self.first, self.second = (_thin(half, num_draws) for half in halves)
         self.draws = _to_sites(density, self.first)
         self.scale = z.flatten(0, 1).std(0)
-        if not (self.scale > 0).all():
-            raise ValueError("reference: some coordinate has the same value in all draws")
+        if constant := _name_sites(density, self.scale == 0):
+            raise ValueError(
+                f"reference: the sites {constant} have an entry with one value in all draws; "
+                "expected draws from a density"
+            )
 
     def kl(self, z: Tensor) -> Any:
         """Return the kNN KL of draws z [n, d] to as many of the reference's, in its sds.
 
         As many, because the estimator's bias depends on both numbers.
         """
-        return knn_kl(z / self.scale, _thin(self.first, len(z)) / self.scale)
+        count = min(len(z), len(self.first))
+        return knn_kl(_thin(z, count) / self.scale, _thin(self.first, count) / self.scale)
 
     def own_kl(self, num_draws: int) -> Any:
         """Return the kNN KL of the reference's second half to its first."""
@@ -350,9 +361,12 @@ class _Study:
         self.steps, self.seconds = 0, 0.0
         args, kwargs = density.args, density.kwargs
         self.learned_density = has_learned_density(guide, *args, **kwargs)
+        self.vectorized = True
 
     def fit(self, num_steps: int | None, options: Mapping[str, Any]) -> None:
-        recipe = {**_recipe(self.density, self.guide, self.learned_density), **options}
+        self.vectorized = _vectorizes(self.label, self.density, self.guide)
+        recipe = _recipe(self.density, self.guide, self.learned_density, self.vectorized)
+        recipe = {**recipe, **options}
         if num_steps is not None:
             recipe["num_steps"] = num_steps
         self.steps = recipe["num_steps"]
@@ -372,16 +386,17 @@ class _Study:
         self.seconds = result.seconds
 
     def _record(self, step: int, loss: float) -> None:
-        z, _ = _draw(self.density, self.guide, CURVE_DRAWS)
+        count = CURVE_DRAWS if self.vectorized else LOOPED_CURVE_DRAWS
+        z, _ = _draw(self.density, self.guide, count, self.vectorized)
         if z.isfinite().all():
             self.curve.append((step, self.truth.kl(z).value))
 
     def judge(self, num_draws: int) -> tuple[dict[str, Any], dict[str, NDArray]]:
-        z, log_weights = _draw(self.density, self.guide, num_draws)
+        z, log_weights = _draw(self.density, self.guide, num_draws, self.vectorized)
         kl, draws = self.truth.kl(z), _to_sites(self.density, z)
         khat = math.nan
-        if not self.learned_density and log_weights.isfinite().all():
-            khat = float(az.psislw(log_weights.double().cpu().numpy())[1])
+        if not self.learned_density and math.isfinite(kl.value):  # infinite at a guide with atoms
+            khat = _pareto_khat(log_weights)
         row = {
             "guide": self.label,
             "knn_kl": kl.value,
@@ -424,6 +439,10 @@ def _build_guides(
                     f"{list(GUIDES)}{hint}"
                 )
             guide = GUIDES[guide](model)
+        if isinstance(guide, type):
+            raise ValueError(
+                f"guides: {label!r} is a class; expected an instance, such as {label}(model)"
+            )
         if not callable(guide):
             raise ValueError(f"guides: {label!r} is not callable, found {type(guide).__name__}")
         built[label] = guide
@@ -434,15 +453,21 @@ def _guide_name(guide: Callable) -> str:
     return getattr(guide, "__name__", type(guide).__name__)
 
 
-def _recipe(density: UnconstrainedModel, guide: Callable, learned_density: bool) -> dict[str, Any]:
+def _recipe(
+    density: UnconstrainedModel, guide: Callable, learned_density: bool, vectorized: bool
+) -> dict[str, Any]:
     """Say how a kind of guide is fitted."""
-    nesting = _max_plate_nesting(density, guide)
+    particles: dict[str, Any] = {
+        "num_particles": 128 if vectorized else LOOPED_PARTICLES,
+        "vectorize_particles": vectorized,
+        "max_plate_nesting": _max_plate_nesting(density, guide),
+    }
     if learned_density:
         # Found by tests/benchmarks/avb_study.py. What makes it reliable is to start from a
         # tempered likelihood, and three steps of a discriminator with many samples.
         adam = partial(torch.optim.Adam, betas=ADVERSARIAL_BETAS, fused=True)
         return {
-            "loss": AVB_ELBO(128, num_adversary_particles=384, max_plate_nesting=nesting),
+            "loss": AVB_ELBO(num_adversary_particles=384, **particles),
             "num_steps": 6000,
             "optim": partial(adam, lr=5e-4),
             "adversary_optim": partial(adam, lr=3e-3),
@@ -451,10 +476,9 @@ def _recipe(density: UnconstrainedModel, guide: Callable, learned_density: bool)
             "likelihood_weight": linear(0.1, until=0.4),
             "average": 0.99,
         }
-    elbo = Trace_ELBO(num_particles=128, vectorize_particles=True, max_plate_nesting=nesting)
     learning_rate = 5e-3 if isinstance(guide, AutoFlow) else 2e-2
     return {
-        "loss": elbo,
+        "loss": Trace_ELBO(**particles),
         "num_steps": 2400 if isinstance(guide, AutoFlow) else 1500,
         "optim": partial(torch.optim.Adam, lr=learning_rate),
         "average": 0.99,
@@ -464,8 +488,13 @@ def _recipe(density: UnconstrainedModel, guide: Callable, learned_density: bool)
 def _check_sites(
     label: str, guide: Callable, density: UnconstrainedModel, args: tuple, kwargs: dict
 ) -> None:
-    with poutine.block(), torch.no_grad():
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    try:
+        with poutine.block(), torch.no_grad():
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"guide {label!r} cannot be run with the model's arguments: {_describe(error)}"
+        ) from error
     found = {
         name
         for name, site in trace.iter_stochastic_nodes()
@@ -513,7 +542,7 @@ def _chains(values: Mapping[str, Any], density: UnconstrainedModel) -> Tensor:
         )
     grouped = {}
     for name, site in density.sites.items():
-        x = torch.as_tensor(values[name], dtype=density.dtype, device=density.device)
+        x = torch.as_tensor(values[name], dtype=density.dtype, device=density.device).detach()
         batch = x.dim() - len(site.shape)
         if batch not in (1, 2) or x.shape[batch:] != site.shape:
             raise ValueError(
@@ -521,10 +550,52 @@ def _chains(values: Mapping[str, Any], density: UnconstrainedModel) -> Tensor:
                 f"[n, *{list(site.shape)}] or [chains, n, *{list(site.shape)}]"
             )
         grouped[name] = x if batch == 2 else x[None]
+    shapes = {name: list(x.shape[:2]) for name, x in grouped.items()}
+    chains, count = next(iter(shapes.values()))
+    if any(shape != [chains, count] for shape in shapes.values()):
+        raise ValueError(f"reference: found different [chains, n] by site, {shapes}; expected one")
+    if (chains // 2 * count if chains > 1 else count // 2) < MIN_DRAWS:
+        raise ValueError(
+            f"reference: found {chains} chains of {count} draws, expected at least {MIN_DRAWS} "
+            "draws in each half: more chains or samples"
+        )
     z = density.unconstrain(grouped)
-    if not z.isfinite().all():
-        raise ValueError("reference: some draws are not finite in unconstrained space")
+    if bad := _name_sites(density, ~z.flatten(0, 1).isfinite().all(0)):
+        raise ValueError(
+            f"reference: some draws of the sites {bad} are not finite or not inside the support"
+        )
     return z
+
+
+def _get_samples(reference: Any) -> Mapping[str, Any]:
+    """Return a reference's draws by site."""
+    if isinstance(reference, Mapping):
+        return reference
+    if not hasattr(reference, "get_samples"):
+        raise ValueError(
+            f"reference: found {type(reference).__name__}, expected a run HMC or MCMC, or a "
+            "mapping from sites to draws"
+        )
+    try:
+        values = reference.get_samples(group_by_chain=True)
+    except RuntimeError:
+        values = None
+    if values is None:
+        raise ValueError(
+            f"reference: found {type(reference).__name__} without draws; call its run() first"
+        )
+    return values
+
+
+def _name_sites(density: UnconstrainedModel, where: Tensor) -> list[str]:
+    """Name the sites of which some coordinate [d] of the unconstrained vector is true."""
+    return [name for name, site in density.sites.items() if where[site.slice].any()]
+
+
+def _describe(error: Exception) -> str:
+    """Say in one line what an error says; Pyro's go on with the shapes of all sites."""
+    message = " ".join(str(error).partition("Trace Shapes:")[0].split())
+    return f"{type(error).__name__}: {message}"
 
 
 def _thin(z: Tensor, num_draws: int) -> Tensor:
@@ -535,23 +606,84 @@ def _thin(z: Tensor, num_draws: int) -> Tensor:
 
 
 @torch.no_grad()
-def _draw(density: UnconstrainedModel, guide: Callable, num_draws: int) -> tuple[Tensor, Tensor]:
+def _draw(
+    density: UnconstrainedModel, guide: Callable, num_draws: int, vectorized: bool
+) -> tuple[Tensor, Tensor]:
     """Draw from a guide: unconstrained vectors [n, d] and log p(x, z) − log q(z) [n]."""
-    try:
-        values, log_weights = _draw_vectorized(density, guide, num_draws)
-    except (RuntimeError, ValueError, IndexError) as error:
-        warnings.warn(
-            f"the guide or the model cannot be run for many draws at once ({error}); "
-            "drawing one at a time, which is slow",
-            stacklevel=2,
-        )
-        with poutine.block():
-            runs = [_run(density, guide) for _ in range(num_draws)]
-        log_weights = torch.stack([p.log_prob_sum() - q.log_prob_sum() for p, q in runs])
+    if vectorized:
+        model_trace, guide_trace, dim = _run_vectorized(density, guide, num_draws)
         values = {
-            name: torch.stack([q.nodes[name]["value"] for _, q in runs]) for name in density.sites
+            name: guide_trace.nodes[name]["value"].reshape(num_draws, *site.shape)
+            for name, site in density.sites.items()
         }
+        log_p, log_q = (_log_probs(trace, num_draws, dim) for trace in (model_trace, guide_trace))
+        return density.unconstrain(values), log_p - log_q
+    with poutine.block():
+        runs = [_run(density, guide) for _ in range(num_draws)]
+    values = {
+        name: torch.stack([q.nodes[name]["value"] for _, q in runs]) for name in density.sites
+    }
+    log_weights = torch.stack([p.log_prob_sum() - q.log_prob_sum() for p, q in runs])
     return density.unconstrain(values), log_weights
+
+
+@torch.no_grad()
+def _vectorizes(label: str, density: UnconstrainedModel, guide: Callable) -> bool:
+    """Say whether many draws at once have the densities that they have one by one; warn if not."""
+    with poutine.block():
+        _run(density, guide)  # what fails here fails either way
+        try:
+            at_once = _trial_log_probs(density, guide)
+        except Exception as error:
+            reason = _describe(error)
+        else:
+            names = ("log p(x, z)", "log q(z)")
+            wrong = [
+                f"{name} at a draw is {a:.6g} among others, {b:.6g} alone"
+                for name, pair in zip(names, at_once, strict=True)
+                for a, b in pair
+                if not math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-2) and not math.isnan(a)
+            ]
+            if not wrong:
+                return True
+            reason = wrong[0]
+    warnings.warn(
+        f"guide {label!r}: it or the model cannot be run for many draws at once ({reason}); "
+        "running them one by one, which is slow",
+        stacklevel=5,
+    )
+    return False
+
+
+def _trial_log_probs(
+    density: UnconstrainedModel, guide: Callable
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return log p(x, z) and log q(z) of a few draws, at once and alone."""
+    single = _run(density, guide)[1]
+    model_trace, guide_trace, dim = _run_vectorized(density, guide, TRIAL_DRAWS)
+    at_once = [_log_probs(trace, TRIAL_DRAWS, dim).tolist() for trace in (model_trace, guide_trace)]
+    alone = []
+    for i in range(TRIAL_DRAWS):
+        draw = single.copy()
+        for name, site in single.iter_stochastic_nodes():
+            if site_is_subsample(site):
+                continue
+            if _is_delta(site["fn"]):  # follows from the other sites
+                del draw.nodes[name]
+                continue
+            value = guide_trace.nodes[name]["value"]
+            value = value.reshape(TRIAL_DRAWS, *site["value"].shape)[i]
+            draw.nodes[name] = {**site, "value": value}
+        traces = _run(density, poutine.replay(guide, trace=draw))
+        alone.append([trace.log_prob_sum().item() for trace in traces])
+    log_p, log_q = zip(*alone, strict=True)
+    return list(zip(at_once[0], log_p, strict=True)), list(zip(at_once[1], log_q, strict=True))
+
+
+def _is_delta(fn: Any) -> bool:
+    while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 def _run(density: UnconstrainedModel, guide: Callable) -> tuple[poutine.Trace, poutine.Trace]:
@@ -577,30 +709,39 @@ def _max_plate_nesting(density: UnconstrainedModel, guide: Callable) -> int:
     )
 
 
-def _draw_vectorized(
+def _run_vectorized(
     density: UnconstrainedModel, guide: Callable, num_draws: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Run guide and model once, inside a plate of draws to the left of all others."""
+) -> tuple[poutine.Trace, poutine.Trace, int]:
+    """Run guide and model once, inside a plate of draws to the left of all others; say where."""
     dim = -1 - _max_plate_nesting(density, guide)
     with poutine.block(), pyro.plate("_draws", num_draws, dim=dim):
         model_trace, guide_trace = _run(density, guide)
-    values = {
-        name: guide_trace.nodes[name]["value"].reshape(num_draws, *site.shape)
-        for name, site in density.sites.items()
-    }
-    log_weights = torch.zeros(num_draws, dtype=density.dtype, device=density.device)
-    for sign, trace in ((1, model_trace), (-1, guide_trace)):
-        trace.compute_log_prob()
-        for site in trace.nodes.values():
-            if site["type"] != "sample" or "log_prob" not in site:
-                continue
-            log_prob = site["log_prob"]
-            # What does not vary over the draws, a constant factor say, may lack their dimension.
-            if log_prob.dim() < -dim or log_prob.shape[dim] != num_draws:
-                log_weights += sign * log_prob.sum()
-            else:
-                log_weights += sign * log_prob.reshape(num_draws, -1).sum(1)
-    return values, log_weights
+    return model_trace, guide_trace, dim
+
+
+def _log_probs(trace: poutine.Trace, num_draws: int, dim: int) -> Tensor:
+    """Sum a trace's log densities over all but the draws [n], which lie in the dimension dim."""
+    trace.compute_log_prob()
+    total = torch.zeros(())
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or "log_prob" not in site:
+            continue
+        log_prob = site["log_prob"]
+        # What does not vary over the draws, a constant factor say, may lack their dimension.
+        if log_prob.dim() < -dim or log_prob.shape[dim] != num_draws:
+            total = total + log_prob.sum()
+        else:
+            total = total + log_prob.reshape(num_draws, -1).sum(1)
+    return total.expand(num_draws)
+
+
+def _pareto_khat(log_weights: Tensor) -> float:
+    x = log_weights.double().cpu().numpy()
+    if not np.isfinite(x).all():
+        return math.nan
+    if np.ptp(x) < EQUAL_WEIGHTS:  # there is no tail to fit but that of rounding errors
+        return 0.0
+    return float(az.psislw(x)[1])
 
 
 def _to_sites(density: UnconstrainedModel, z: Tensor) -> dict[str, NDArray]:
@@ -641,7 +782,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def _private_params(guide: Callable) -> Iterator[None]:
-    """Give a guide a parameter store of its own, with the user's parameters in it.
+    """Give a guide a parameter store of its own, with copies of the user's parameters in it.
 
     Guides of one class share their parameters' names, so each takes its own from its module.
     """
@@ -649,9 +790,12 @@ def _private_params(guide: Callable) -> Iterator[None]:
     state = store.get_state()
     prefix = getattr(guide, "_pyro_name", None)
     own = {name for name in state["params"] if prefix and name.startswith(f"{prefix}.")}
-    state = {
-        kind: {name: value for name, value in entries.items() if name not in own}
-        for kind, entries in state.items()
+    params = {
+        # What pyro.module put there is the module's, which would go on without its copy.
+        name: value if "$$$" in name else value.detach().clone().requires_grad_(value.requires_grad)
+        for name, value in state["params"].items()
+        if name not in own
     }
-    with store.scope(state):
+    constraints = {name: state["constraints"][name] for name in params}
+    with store.scope({"params": params, "constraints": constraints}):
         yield
