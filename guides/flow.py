@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -53,12 +54,13 @@ class AutoFlow(AutoSampled):
     All parameters exist after the first call or after :meth:`setup`.
 
     Args:
-        model: A Pyro model with continuous latent sites, at least two for a coupling flow.
-        flow: Takes the dimension d and ``flow_kwargs`` to a Zuko flow.
+        model: A Pyro model with continuous latent sites.
+        flow: Takes the dimension d and ``flow_kwargs`` to a Zuko flow. By default
+            ``zuko.flows.NICE`` with six affine coupling transforms and two hidden layers of 64
+            units; for one latent, which leaves nothing to couple, ``zuko.flows.NSF``, a spline.
         init_loc_fn: Where each site starts, as in Pyro's AutoGuides.
         init_scale: Initial σ.
-        **flow_kwargs: Passed to ``flow``. By default six affine coupling transforms with two
-            hidden layers of 64 units.
+        **flow_kwargs: Passed to ``flow``.
 
     Raises:
         ValueError: If ``init_scale`` is not positive.
@@ -82,7 +84,7 @@ class AutoFlow(AutoSampled):
     def __init__(
         self,
         model: Callable,
-        flow: Callable[..., zuko.flows.Flow] = zuko.flows.NICE,
+        flow: Callable[..., zuko.flows.Flow] | None = None,
         *,
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 1.0,
@@ -91,8 +93,6 @@ class AutoFlow(AutoSampled):
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, found {init_scale}")
         super().__init__(model, init_loc_fn=init_loc_fn)
-        if flow is zuko.flows.NICE:
-            flow_kwargs = {"transforms": 6, "hidden_features": (64, 64), **flow_kwargs}
         self.make_flow = flow
         self.flow_kwargs = flow_kwargs
         self.init_scale = init_scale
@@ -100,7 +100,11 @@ class AutoFlow(AutoSampled):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         loc = self._init_loc()
-        self.flow = self.make_flow(self.latent_dim, **self.flow_kwargs).to(loc)
+        make_flow = self.make_flow
+        if make_flow is None:
+            coupling = partial(zuko.flows.NICE, transforms=6, hidden_features=(64, 64))
+            make_flow = zuko.flows.NSF if self.latent_dim == 1 else coupling
+        self.flow = make_flow(self.latent_dim, **self.flow_kwargs).to(loc)
         self.loc = nn.Parameter(loc.clone())
         self.log_scale = nn.Parameter(torch.full_like(loc, self.init_scale).log())
 

@@ -143,7 +143,7 @@ class AdaptiveContrast(nn.Module):
         if len(z) < 2:
             return
         variance, loc = torch.var_mean(z, 0)
-        # Moving second moments about the moving mean, so that a drift of the mean is not variance.
+        # A batch's variance is about its own mean, so that a drift of the mean is no variance.
         # Not in place: the graph of a loss that is still to be differentiated holds μ and σ.
         self.loc = self.loc.lerp(loc, 1 - self.decay)
         self.scale = self.scale.square().lerp(variance, 1 - self.decay).sqrt()

@@ -148,7 +148,8 @@ def fit(
             to blame. The parameters are left as they were after the last good step, averaged if
             ``average`` is given.
         ValueError: If ``num_steps``, ``num_adversary_steps`` or ``callback_every`` is not
-            positive, ``average`` not in [0, 1), or there is nothing to fit.
+            positive, ``average`` not in [0, 1), there is nothing to fit, or the guide's density
+            is learned and the loss has no adversary.
 
     Example:
         >>> from pyro.infer import Trace_ELBO
@@ -169,8 +170,13 @@ def fit(
     if not 0 <= average < 1:
         raise ValueError(f"average must be in [0, 1), found {average}")
     adversary = None
-    if hasattr(loss, "adversary") and has_learned_density(guide, *args, **kwargs):
-        adversary = loss.adversary
+    if has_learned_density(guide, *args, **kwargs):
+        adversary = getattr(loss, "adversary", None)
+        if adversary is None:
+            raise ValueError(
+                f"the guide's density is learned, and {type(loss).__name__} has no adversary that "
+                "would train it; expected a loss that has one, such as AVB_ELBO"
+            )
     if optim is None:
         adversarial = partial(torch.optim.Adam, lr=1e-3, betas=ADVERSARIAL_BETAS)
         optim = partial(torch.optim.Adam, lr=1e-2) if adversary is None else adversarial

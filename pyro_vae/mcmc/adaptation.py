@@ -210,7 +210,7 @@ def warmup_windows(warmup_steps: int) -> list[int]:
 
     Example:
         >>> warmup_windows(500)
-        [62, 87, 137, 237, 450]
+        [62, 86, 134, 230, 450]
     """
     if warmup_steps < 20:
         return []
