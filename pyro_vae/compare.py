@@ -227,11 +227,11 @@ def compare(
 
     Raises:
         ValueError: For an unknown guide; a guide that misses a site of the model or has one too
-            many; discrete latents, NaN in the data or a subsampled plate; a reference without one
-            of the model's sites.
+            many; if no guide can be run; discrete latents, NaN in the data or a subsampled plate;
+            a reference without one of the model's sites or with fewer than four draws in a half.
 
     Example:
-        >>> from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
+        >>> from pyro.infer.autoguide import AutoNormal
         >>> from pyro_vae.models import gauss
         >>> comparison = compare(
         ...     gauss, [AutoNormal(gauss)], num_chains=16, num_samples=200, num_draws=800,
@@ -250,9 +250,20 @@ def compare(
         if label not in built:
             raise ValueError(f"options: found {label!r}, expected some of {list(built)}")
     density = UnconstrainedModel(model, args, kwargs)
+    failures = {}
     for label, guide in built.items():
         with _seeded(seed), _private_params(guide):  # a guide's first call makes its parameters
-            _check_sites(label, guide, density, args, kwargs)
+            try:
+                found = _find_sites(guide, args, kwargs)
+            except Exception as error:  # its row will say so
+                failures[label] = error
+                continue
+        _check_sites(label, found, set(density.sites))
+    if len(failures) == len(built):
+        label, failure = next(iter(failures.items()))
+        raise ValueError(
+            f"guide {label!r} cannot be run with the model's arguments: {_describe(failure)}"
+        ) from failure
     with _seeded(seed):
         truth = _Reference(reference, density, num_draws, num_chains, num_samples, progress)
         rows, errors, draws, curves = [truth.row()], {}, {}, {}
@@ -359,20 +370,20 @@ class _Study:
         self.progress = progress
         self.curve: list[tuple[int, float]] = []
         self.steps, self.seconds = 0, 0.0
-        args, kwargs = density.args, density.kwargs
-        self.learned_density = has_learned_density(guide, *args, **kwargs)
-        self.vectorized = True
+        self.learned_density, self.vectorized = False, True
 
     def fit(self, num_steps: int | None, options: Mapping[str, Any]) -> None:
-        self.vectorized = _vectorizes(self.label, self.density, self.guide)
-        recipe = _recipe(self.density, self.guide, self.learned_density, self.vectorized)
+        density = self.density
+        self.learned_density = has_learned_density(self.guide, *density.args, **density.kwargs)
+        self.vectorized = _vectorizes(self.label, density, self.guide)
+        recipe = _recipe(density, self.guide, self.learned_density, self.vectorized)
         recipe = {**recipe, **options}
         if num_steps is not None:
             recipe["num_steps"] = num_steps
         self.steps = recipe["num_steps"]
         if not self.steps:
             return
-        density, loss = self.density, recipe.pop("loss")
+        loss = recipe.pop("loss")
         recipe = {
             "train_model": False,
             "callback": self._record,
@@ -430,6 +441,8 @@ def _build_guides(
         raise ValueError(f"guides: the label {REFERENCE!r} is the reference's")
     built = {}
     for label, guide in guides.items():
+        if not isinstance(label, str):
+            raise ValueError(f"guides: the label {label!r} must be a string")
         if isinstance(guide, str):
             if guide not in GUIDES:
                 near = difflib.get_close_matches(guide, GUIDES, n=1)
@@ -485,28 +498,25 @@ def _recipe(
     }
 
 
-def _check_sites(
-    label: str, guide: Callable, density: UnconstrainedModel, args: tuple, kwargs: dict
-) -> None:
-    try:
-        with poutine.block(), torch.no_grad():
-            trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(
-            f"guide {label!r} cannot be run with the model's arguments: {_describe(error)}"
-        ) from error
-    found = {
+def _find_sites(guide: Callable, args: tuple, kwargs: dict) -> set[str]:
+    """Return the names of the latent sites that a guide samples."""
+    with poutine.block(), torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return {
         name
         for name, site in trace.iter_stochastic_nodes()
         if not site["infer"].get("is_auxiliary") and not site_is_subsample(site)
     }
-    missing, extra = set(density.sites) - found, found - set(density.sites)
+
+
+def _check_sites(label: str, found: set[str], expected: set[str]) -> None:
+    missing, extra = expected - found, found - expected
     if missing or extra:
         parts = [f"misses the model's sites {sorted(missing)}"] if missing else []
         parts += [f"has the sites {sorted(extra)}, which the model does not"] if extra else []
         raise ValueError(
             f"guide {label!r} {' and '.join(parts)}: found {sorted(found)}, "
-            f"expected {sorted(density.sites)} (others need infer={{'is_auxiliary': True}})"
+            f"expected {sorted(expected)} (others need infer={{'is_auxiliary': True}})"
         )
 
 
