@@ -143,7 +143,8 @@ class Comparison:
     def save(self, directory: str | Path) -> None:
         """Write ``table.csv``, ``posterior.png``, ``convergence.png`` and ``draws.nc``.
 
-        In ``draws.nc`` each posterior is a group: ``az.from_netcdf(file, base_group="flow")``.
+        In ``draws.nc`` each posterior is a group:
+        ``az.InferenceData.from_netcdf(file, base_group="flow")``.
 
         Args:
             directory: Made if it does not exist; files of these names are replaced.
@@ -212,7 +213,7 @@ def compare(
         num_steps: Optimisation steps of every guide; 0 takes the guides as they are. By default
             what each kind of guide needs.
         options: By label of the guide: arguments of :func:`~pyro_vae.fit`, ``loss`` included, that
-            replace the defaults.
+            replace the defaults and ``num_steps``.
         num_draws: Draws of each guide, and of each half of the reference.
         num_chains: Chains of the reference run here.
         num_samples: Draws of each of its chains, after as many warm-up steps as HMC takes by
@@ -377,9 +378,9 @@ class _Study:
         self.learned_density = has_learned_density(self.guide, *density.args, **density.kwargs)
         self.vectorized = _vectorizes(self.label, density, self.guide)
         recipe = _recipe(density, self.guide, self.learned_density, self.vectorized)
-        recipe = {**recipe, **options}
         if num_steps is not None:
             recipe["num_steps"] = num_steps
+        recipe = {**recipe, **options}
         self.steps = recipe["num_steps"]
         if not self.steps:
             return

@@ -49,7 +49,7 @@ def plot_marginals(
         for column, (label, values) in enumerate(draws.items()):
             axis = axes[row, column]
             if a == b:
-                axis.hist(values[a], bins=NUM_BINS // 2, range=ranges[0], density=True)
+                _histogram(axis, values[a], ranges[0])
             else:
                 _density(axis, values[a], values[b], ranges)
             if row == 0:
@@ -84,7 +84,7 @@ def plot_convergence(
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for label, curve in curves.items():
-        steps, values = zip(*curve, strict=True)
+        steps, values = [step for step, _ in curve], [value for _, value in curve]
         axis.plot(steps, values, marker=".", label=label)
     if baseline is not None:
         axis.axhline(baseline, color="black", linestyle=":", label="reference against itself")
@@ -97,19 +97,33 @@ def plot_convergence(
 
 
 def _axis_range(x: NDArray) -> tuple[float, float]:
-    low, high = np.quantile(x, [0.001, 0.999])
-    margin = 0.15 * (high - low) + 1e-6
+    # Not further out: a heavy tail would press everything else into a corner.
+    low, high = np.quantile(x, [0.01, 0.99])
+    margin = 0.25 * (high - low) + 1e-6
     return float(low - margin), float(high + margin)
+
+
+def _histogram(axis, x: NDArray, limits: tuple[float, float]) -> None:  # type: ignore[no-untyped-def]
+    """Draw a histogram; its area is the share of the draws within the limits."""
+    counts, edges = np.histogram(x, bins=NUM_BINS // 2, range=limits)
+    axis.stairs(counts / (len(x) * np.diff(edges)), edges, fill=True)
+    axis.set_xlim(*limits)
+    if not counts.any():
+        _say_empty(axis)
+
+
+def _say_empty(axis) -> None:  # type: ignore[no-untyped-def]
+    axis.text(0.5, 0.5, "no draws here", transform=axis.transAxes, ha="center", color="gray")
 
 
 def _density(axis, a: NDArray, b: NDArray, ranges: list[tuple[float, float]]) -> None:  # type: ignore[no-untyped-def]
     """Shade a smoothed histogram; its levels hold 95, 80, 50 and 20 percent of the draws."""
     counts, a_edges, b_edges = np.histogram2d(a, b, bins=NUM_BINS, range=ranges)
     density = gaussian_filter(counts.T, sigma=3.0)
-    # The range is the reference's: a posterior that lies elsewhere leaves an empty panel.
     axis.set_xlim(*ranges[0])
     axis.set_ylim(*ranges[1])
-    if not density.any():
+    if not density.any():  # the range is the reference's
+        _say_empty(axis)
         return
     descending = np.sort(density, axis=None)[::-1]
     mass = np.cumsum(descending) / descending.sum()
