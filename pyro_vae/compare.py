@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
@@ -799,14 +800,18 @@ def _private_params(guide: Callable) -> Iterator[None]:
     """
     store = pyro.get_param_store()
     state = store.get_state()
-    prefix = getattr(guide, "_pyro_name", None)
-    own = {name for name in state["params"] if prefix and name.startswith(f"{prefix}.")}
-    params = {
-        # What pyro.module put there is the module's, which would go on without its copy.
-        name: value if "$$$" in name else value.detach().clone().requires_grad_(value.requires_grad)
-        for name, value in state["params"].items()
-        if name not in own
-    }
+    own = set()
+    if isinstance(guide, PyroModule) and guide._pyro_name:
+        own = {name for name in state["params"] if name.startswith(f"{guide._pyro_name}.")}
+    elif isinstance(guide, PyroModule):
+        own = {name.removesuffix("_unconstrained") for name, _ in guide.named_parameters()}
+    params = {}
+    for name, value in state["params"].items():
+        if name in own:
+            continue
+        if not isinstance(value, torch.nn.Parameter):  # a module would go on without its copy
+            value = value.detach().clone().requires_grad_(value.requires_grad)
+        params[name] = value
     constraints = {name: state["constraints"][name] for name in params}
     with store.scope({"params": params, "constraints": constraints}):
         yield
