@@ -97,9 +97,7 @@ class AutoFlow(AutoSampled):
         self.flow_kwargs = flow_kwargs
         self.init_scale = init_scale
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        loc = self._init_loc()
+    def _create_parameters(self, loc: Tensor, args: tuple, kwargs: dict) -> None:
         make_flow = self.make_flow
         if make_flow is None:
             coupling = partial(zuko.flows.NICE, transforms=6, hidden_features=(64, 64))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pyro.infer.autoguide import init_to_mean
+from pyro.infer.autoguide import init_to_mean, init_to_median
 from pyro.nn.module import pyro_method
 from torch import Size, Tensor, nn
 
@@ -18,6 +18,14 @@ from .sampled import AutoSampled
 __all__ = ["AutoImplicit"]
 
 NUM_MOMENT_DRAWS = 4096  # for the adaptive contrast's first moments
+
+
+def init_to_finite_mean(site: dict | None = None) -> Tensor | Callable:
+    """Start at the prior's mean, or at its median where the mean is infinite (a half-Cauchy's)."""
+    if site is None:
+        return init_to_finite_mean
+    mean = init_to_mean(site)
+    return mean if mean.isfinite().all() else init_to_median(site)
 
 
 class _Sampler(nn.Module):
@@ -75,14 +83,15 @@ class AutoImplicit(AutoSampled):
 
     Args:
         model: A Pyro model with continuous latent sites.
-        noise_dim: Size of ε; twice the latents', and at least 4 more, by default.
+        noise_dim: Size of ε; 2d + 4 by default, for d latents.
         hidden_dims: Widths of f's layers.
         contrast: ``"adaptive"``, a Gaussian with the guide's moments (Algorithm 2), or
             ``"prior"`` (Algorithm 1), for models whose prior can be sampled.
         discriminator: Takes d to T, a module [\*, d] → [\*].
-        init_loc_fn: Where each site starts, as in Pyro's AutoGuides. Their default, the median of
-            15 draws from the prior, is off to one side: a guide that starts there is more often
-            left with too much mass on that side.
+        init_loc_fn: Where each site starts, as in Pyro's AutoGuides; by default at the prior's
+            mean, or its median where that is infinite. Their default, the median of 15 draws, is
+            off to one side, and a guide that starts there is more often left with too much mass
+            on that side.
         init_scale: Unit of the network's output, in unconstrained space: about the posterior's
             standard deviations.
 
@@ -112,7 +121,7 @@ class AutoImplicit(AutoSampled):
         hidden_dims: tuple[int, ...] = (128, 128),
         contrast: Literal["adaptive", "prior"] = "adaptive",
         discriminator: Callable[[int], nn.Module] = ResidualDiscriminator,
-        init_loc_fn: Callable = init_to_mean,
+        init_loc_fn: Callable = init_to_finite_mean,
         init_scale: float = 1.0,
     ) -> None:
         if contrast not in ("adaptive", "prior"):
@@ -127,15 +136,18 @@ class AutoImplicit(AutoSampled):
         self.discriminator = discriminator
         self.init_scale = init_scale
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        loc, dim = self._init_loc(), self.latent_dim
+    def _create_parameters(self, loc: Tensor, args: tuple, kwargs: dict) -> None:
+        dim = self.latent_dim
         noise_dim = 2 * dim + 4 if self.noise_dim is None else self.noise_dim
-        if noise_dim < dim:
-            raise ValueError(
-                f"noise_dim must be at least the number of latents, or the guide has no density: "
-                f"found {noise_dim}, expected {dim} or more"
-            )
+        for name, width in (
+            ("noise_dim", noise_dim),
+            *(("hidden_dims", w) for w in self.hidden_dims),
+        ):
+            if width < dim:
+                raise ValueError(
+                    f"{name} must be at least the number of latents, or the guide has no density: "
+                    f"found {width}, expected {dim} or more"
+                )
         network = MLP(noise_dim, dim, self.hidden_dims)
         sampler = _Sampler(network, noise_dim, loc, self.init_scale).to(loc)
         contrast: Contrast

@@ -2,6 +2,6 @@
 
 from ._version import __version__
 from .compare import Comparison, compare
-from .svi import fit
+from .svi import NonFiniteError, adversarial_recipe, fit
 
-__all__ = ["Comparison", "__version__", "compare", "fit"]
+__all__ = ["Comparison", "NonFiniteError", "__version__", "adversarial_recipe", "compare", "fit"]

@@ -164,6 +164,20 @@ def _same(a: Any, b: Any) -> bool:
     return a is b
 
 
+def _tracked(a: Any) -> bool:
+    """Whether autograd tracks any tensor that a distribution, constraint or container holds."""
+    if isinstance(a, Tensor):
+        return a.requires_grad
+    if isinstance(a, (list, tuple)):
+        return any(map(_tracked, a))
+    if isinstance(a, dict):
+        return any(map(_tracked, a.values()))
+    known = (torch.distributions.Distribution, torch.distributions.constraints.Constraint)
+    if isinstance(a, (*known, Transform)) or type(a).__module__.startswith("pyro."):
+        return any(_tracked(value) for value in vars(a).values() if value is not a)
+    return False
+
+
 def _describe(shape: Any) -> str:
     return str(list(shape))
 
@@ -239,6 +253,7 @@ class UnconstrainedModel:
                 again = self._run(self._from_prior)
                 self._check_static(trace, again)
                 self._check_observed(trace, again)
+                probes = [again, *self._probe()]
 
         self.sites: dict[str, LatentSite] = {}
         start = 0
@@ -258,17 +273,20 @@ class UnconstrainedModel:
             )
             start = stop
         self.dim = start
-        latents, again_latents = self._latents(trace), self._latents(again)
+        latents = self._latents(trace)
+
+        def varies(name: str, of: Callable[[Any], Any]) -> bool:
+            """Whether something of a latent site depends on the values of the others."""
+            found = [of(self._latents(probe)[name]["fn"]) for probe in probes]
+            return any(_tracked(x) or not _same(of(latents[name]["fn"]), x) for x in found)
+
         self._improper = {name for name, site in latents.items() if _is_improper(site)}
-        self._dynamic_support = any(
-            not _same(site["fn"].support, again_latents[name]["fn"].support)
-            for name, site in latents.items()
-        )
+        self._dynamic_support = any(varies(name, lambda fn: fn.support) for name in latents)
         # Distributions that depend on no other latent are sampled at once, without the model.
         self._roots = {
             name: site["fn"]
             for name, site in latents.items()
-            if name not in self._improper and _same(site["fn"], again_latents[name]["fn"])
+            if name not in self._improper and not varies(name, lambda fn: fn)
         }
         self.observed: dict[str, Tensor] = {
             name: site["value"]
@@ -295,6 +313,33 @@ class UnconstrainedModel:
         with poutine.block(), poutine.trace() as tracer, substitute:
             self.model(*self.args, **self.kwargs)
         return tracer.trace
+
+    def _probe(self) -> list[Any]:
+        """Run the model at latent values that autograd tracks, to see what depends on them.
+
+        One run is at prior draws; the other far and wide, for what depends on values through a
+        comparison, or through a function that is constant where the prior lies.
+        """
+
+        def tracked(name: str, fn: Any) -> Tensor:
+            value = self._from_prior(name, fn)
+            assert value is not None
+            return value.detach().clone().requires_grad_(value.is_floating_point())
+
+        def wide(name: str, fn: Any) -> Tensor:
+            value = tracked(name, fn)
+            transform = biject_to(fn.support)
+            value = transform(5 * torch.randn_like(transform.inv(value)))
+            return value.detach().requires_grad_(True)
+
+        probes = []
+        with torch.enable_grad():
+            probes.append(self._run(tracked))
+            try:
+                probes.append(self._run(wide))
+            except (ValueError, RuntimeError, ArithmeticError):
+                pass  # no density that far out, such as a covariance that is singular
+        return probes
 
     @staticmethod
     def _from_prior(name: str, fn: Any) -> Tensor | None:

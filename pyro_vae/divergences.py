@@ -54,8 +54,8 @@ def knn_kl(x: Tensor | NDArray, y: Tensor | NDArray, k: int = 3) -> KnnKL:
             finite.
 
     References:
-        | Divergence estimation for multidimensional densities via k-nearest-neighbor distances,
-        | equation 14 (Wang, Kulkarni, Verdú, 2009)
+        | Divergence estimation for multidimensional densities via k-nearest-neighbor distances
+        | (Wang, Kulkarni, Verdú, 2009)
         | https://doi.org/10.1109/TIT.2009.2016060
 
     Example:

@@ -53,8 +53,8 @@ class ResidualDiscriminator(nn.Module):
         z [\*, d] → T(z) [\*].
 
     References:
-        | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 5.1: the
-        | discriminator of its Eight Schools experiment has five blocks
+        | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 5.1: a
+        | five-layer network with ResNet blocks for Eight Schools
         | https://arxiv.org/abs/1701.04722
 
     Example:

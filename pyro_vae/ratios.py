@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+MIN_SCALE = 1e-6  # of the contrast, as a share of its first
+
+
 def logistic_loss(t_q: Tensor, t_r: Tensor) -> Tensor:
     r"""Return the logistic regression loss, smallest at T* = log q − log r.
 
@@ -101,7 +104,7 @@ class AdaptiveContrast(nn.Module):
         decay: Weight of the past in the moving averages, in [0, 1); 0 takes each batch's moments.
 
     References:
-        | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 3.3
+        | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 4
         | https://arxiv.org/abs/1701.04722
 
     Example:
@@ -121,6 +124,7 @@ class AdaptiveContrast(nn.Module):
         self.decay = decay
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale", scale.detach().clone())
+        self.min_scale = MIN_SCALE * float(scale.min())
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return log r(z) = −½‖z̄‖² − Σ log σ − (d/2) log 2π, z [*, d] → [*]."""
@@ -143,6 +147,11 @@ class AdaptiveContrast(nn.Module):
         if len(z) < 2:
             return
         variance, loc = torch.var_mean(z, 0)
+        # A step that is not finite must leave the density of the last good one, and a guide that
+        # collapses to a point one that is still a density.
+        good = loc.isfinite() & variance.isfinite()
+        loc = torch.where(good, loc, self.loc)
+        variance = torch.where(good, variance.clamp(min=self.min_scale**2), self.scale.square())
         # A batch's variance is about its own mean, so that a drift of the mean is no variance.
         # Not in place: the graph of a loss that is still to be differentiated holds μ and σ.
         self.loc = self.loc.lerp(loc, 1 - self.decay)
@@ -179,8 +188,8 @@ class DensityRatio(nn.Module):
     def frozen(self, z: Tensor) -> Tensor:
         """Return T(z̄); gradients reach z alone.
 
-        E_q ∇T* = 0 (Proposition 2 of the paper), so T's weights are held fixed in the guide's
-        and the model's loss.
+        E_q ∇_φ T* = 0 for the guide's parameters φ (Proposition 2 of the paper), so T's weights
+        are held fixed in the guide's and the model's loss.
         """
         weights = {name: weight.detach() for name, weight in self.network.named_parameters()}
         return torch.func.functional_call(self.network, weights, self.contrast.standardize(z))

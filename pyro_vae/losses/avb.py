@@ -52,7 +52,7 @@ class AVB_ELBO(Trace_ELBO):  # noqa: N801 - Pyro's way to name losses
 
     References:
         | Adversarial Variational Bayes: Unifying Variational Autoencoders and Generative
-        | Adversarial Networks (Mescheder, Nowozin, Geiger, 2017), equations 3.3, 3.7 and 3.12
+        | Adversarial Networks (Mescheder, Nowozin, Geiger, 2017), equations 3.3, 3.7 and 4.2
         | https://arxiv.org/abs/1701.04722
 
     Example:
@@ -105,7 +105,7 @@ class AVB_ELBO(Trace_ELBO):  # noqa: N801 - Pyro's way to name losses
         loss = torch.zeros(())
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             _check_reparameterized(guide_trace)
-            log_q = guide_trace.log_prob_sum()  # T(z̄) + log r(z), equations 3.7 and 3.12
+            log_q = guide_trace.log_prob_sum()  # T(z̄) + log r(z), equations 3.7 and 4.2
             log_p = model_trace.log_prob_sum()  # log p(x, z)
             loss = loss + (log_q - log_p) / self.num_particles
         return loss
@@ -118,7 +118,7 @@ class AVB_ELBO(Trace_ELBO):  # noqa: N801 - Pyro's way to name losses
         :class:`pyro.infer.SVI`, which then sees T's parameters and no others.
         """
         # Hidden, or SVI would hand the guide's parameters to the adversary's optimiser.
-        with poutine.block(hide_types=["param"]):
+        with torch.no_grad(), poutine.block(hide_types=["param"]):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         implicit = list(implicit_distributions(guide_trace))
         if not implicit:

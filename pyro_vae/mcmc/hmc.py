@@ -39,7 +39,7 @@ __all__ = ["HMC"]
 # Iterations from which compiling the leapfrog step pays for the seconds that it takes.
 _COMPILE_FROM = 1000
 
-# Superchains where their number is not given and there are more chains than this.
+# Superchains where their number is not given, if that divides the number of chains.
 _NUM_SUPERCHAINS = 16
 
 # Rows whose constrained values are computed at once.
@@ -48,6 +48,18 @@ _CONSTRAIN_ROWS = 1 << 16
 # A display is refreshed at most once in this many iterations: reading the acceptance off a GPU
 # waits for it.
 _PROGRESS_EVERY = 20
+
+
+def _default_num_superchains(num_chains: int) -> int:
+    """Return the divisor from 8 to 32 that is nearest to 16, or all where there is none.
+
+    With fewer starting points nested R̂ knows too little; with few chains each has its own.
+    """
+    if num_chains <= _NUM_SUPERCHAINS:
+        return num_chains
+    least, most = _NUM_SUPERCHAINS // 2, 2 * _NUM_SUPERCHAINS
+    divisors = [n for n in range(least, most + 1) if num_chains % n == 0]
+    return min(divisors, key=lambda n: abs(n - _NUM_SUPERCHAINS), default=num_chains)
 
 
 class _Kernel(NamedTuple):
@@ -92,8 +104,9 @@ class HMC:
         max_leapfrog_steps: Largest number of leapfrog steps in an iteration.
         initial_params: Starting points in *unconstrained* space, [num_chains, \*shape] by site.
         num_superchains: Number of distinct starting points; the chains that share one are a
-            superchain, which nested R̂ needs. By default 16, or their greatest common divisor with
-            the number of chains; as many as chains where these are few or starts are given.
+            superchain, which nested R̂ needs. By default the divisor of the number of chains, from
+            8 to 32, that is nearest to 16; as many as chains where these are few, there is none,
+            or starts are given.
         compile: Whether to compile the leapfrog step, which costs some seconds; by default from
             1000 iterations on.
         progress: Whether to show a progress bar on stderr.
@@ -164,9 +177,7 @@ class HMC:
                 f"target_accept: found {target_accept}; expected a number between 0 and 1"
             )
         if num_superchains is None:
-            num_superchains = num_chains
-            if num_chains > _NUM_SUPERCHAINS and math.gcd(num_chains, _NUM_SUPERCHAINS) > 1:
-                num_superchains = math.gcd(num_chains, _NUM_SUPERCHAINS)
+            num_superchains = _default_num_superchains(int(num_chains))
         elif num_superchains < 1 or num_chains % num_superchains != 0:
             raise ValueError(
                 f"num_superchains: found {num_superchains}; expected a divisor of num_chains, "
