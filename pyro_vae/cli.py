@@ -104,9 +104,12 @@ def _find_model(name: str) -> Callable:
     if "" not in sys.path:  # the user's own file in the current directory
         sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model: cannot find {name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"model: {name!r} is not a function, found {type(found).__name__}")
+    return found
 
 
 def _find_device(name: str) -> torch.device:

@@ -103,7 +103,10 @@ class Comparison:
         self.reference = reference
 
     def __repr__(self) -> str:
-        return self.table.to_string(index=False, na_rep="", float_format="{:.4g}".format)
+        table = self.table.drop(columns="error", errors="ignore")
+        lines = [table.to_string(index=False, na_rep="", float_format="{:.4g}".format)]
+        lines += [f"{label} failed: {error}" for label, error in self.errors.items()]
+        return "\n".join(lines)
 
     def plot(self, pairs: Sequence[tuple[str, str]] | None = None) -> Figure:
         """Draw two-dimensional marginals, one column a posterior, the reference last.

@@ -1,0 +1,351 @@
+"""The command line: what it prints where, what it writes, and how it says no."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vae import cli
+from pyro_vae.compare import GUIDES
+
+pytestmark = pytest.mark.filterwarnings("ignore:HMC may be far from the posterior")
+
+SMALL = ["--num-chains", "16", "--num-samples", "40", "--num-draws", "200", "--steps", "4"]
+COLUMNS = [
+    "guide",
+    "knn_kl",
+    "knn_kl_se",
+    "elbo",
+    "max_mean_error",
+    "max_sd_error",
+    "khat",
+    "steps",
+    "seconds",
+]
+
+
+def run(*args):
+    """Run the command line here; return its exit status."""
+    try:
+        return cli.main([str(arg) for arg in args])
+    except SystemExit as end:  # the parser's own way
+        return end.code
+
+
+def read(file, label):
+    with az.rc_context({"data.load": "eager"}):
+        return az.InferenceData.from_netcdf(str(file), base_group=label)
+
+
+def test_compare_prints_the_table_and_writes_the_files(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert run("compare", "gauss", "--guides", "mean_field,flow", "--out", out, *SMALL) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].split() == COLUMNS  # stdout holds the table and nothing else
+    assert [line.split()[0] for line in lines[1:]] == ["hmc", "mean_field", "flow"]
+    assert f"written to {out}" in captured.err
+    assert "flow: KL to the reference" in captured.err
+    table = pd.read_csv(out / "table.csv")
+    assert list(table.columns) == COLUMNS
+    assert list(table["guide"]) == ["hmc", "mean_field", "flow"]
+    assert list(table["steps"].iloc[1:]) == [4, 4]
+    assert (
+        table.loc[1:, ["knn_kl", "elbo", "max_mean_error", "max_sd_error"]].notna().all(axis=None)
+    )
+    for name in ("posterior.png", "convergence.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for label in table["guide"]:
+        x = read(out / "draws.nc", label).posterior["x"].values
+        assert x.shape == (1, 200, 2)
+        assert x.dtype == np.float32
+
+
+def test_an_existing_directory_is_written_over(tmp_path):
+    assert run("compare", "gauss", "--guides", "mean_field,flow", "--out", tmp_path, *SMALL) == 0
+    assert run("compare", "gauss", "--guides", "full_rank", "--out", tmp_path, *SMALL) == 0
+    assert list(pd.read_csv(tmp_path / "table.csv")["guide"]) == ["hmc", "full_rank"]
+    with pytest.raises(KeyError):
+        read(tmp_path / "draws.nc", "flow")
+
+
+def test_the_seed_decides(tmp_path):
+    def numbers(seed):
+        args = ["--guides", "mean_field", "--seed", seed, "--out", tmp_path]
+        assert run("compare", "gauss", *args, *SMALL) == 0
+        return pd.read_csv(tmp_path / "table.csv").drop(columns="seconds")
+
+    first = numbers(1)
+    pd.testing.assert_frame_equal(numbers(1), first, check_exact=True)
+    assert (numbers(2)["knn_kl"] != first["knn_kl"]).all()
+
+
+def test_dtype(tmp_path):
+    args = ["--guides", "full_rank", "--dtype", "float64", "--out", tmp_path]
+    assert run("compare", "gauss", *args, *SMALL) == 0
+    for label in ("hmc", "full_rank"):
+        assert read(tmp_path / "draws.nc", label).posterior["x"].dtype == np.float64
+
+
+def test_out_is_named_after_the_model_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("compare", "torus", "--guides", "mean_field", *SMALL) == 0
+    assert (tmp_path / "out" / "torus" / "table.csv").exists()
+
+
+OWN_MODEL = """
+import pyro, pyro.distributions as dist, torch
+
+def decay(times=torch.tensor([1.0, 2.0]), *, unit=1.0):
+    rate = pyro.sample("rate", dist.LogNormal(times.new_zeros(()), unit))
+    with pyro.plate("data", len(times)):
+        pyro.sample("times", dist.Exponential(rate), obs=times)
+
+def without_data(times):
+    decay(times)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path, monkeypatch):
+    """A module in the current directory, as the console script finds it."""
+    (tmp_path / "own_model.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield tmp_path
+    sys.modules.pop("own_model", None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_model_of_one_s_own(own_model, dtype):
+    args = ["--guides", "mean_field", "--dtype", dtype]
+    assert run("compare", "own_model:decay", *args, *SMALL) == 0
+    out = own_model / "out" / "decay"
+    assert read(out / "draws.nc", "hmc").posterior["rate"].dtype == dtype
+    assert (read(out / "draws.nc", "mean_field").posterior["rate"] > 0).all()
+
+
+@pytest.mark.usefixtures("own_model")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nonsense", "model: found 'nonsense', expected one of ['eight_schools_avb'"),
+        ("own_model", "or package.module:function"),
+        ("own_model:absent", "model: cannot find 'own_model:absent'"),
+        ("no_such_module:model", "model: cannot find 'no_such_module:model'"),
+        ("own_model:number", "model: 'own_model:number' is not a function"),
+        ("own_model:without_data", "model: the argument 'times' has no default"),
+        (":decay", "model: cannot find ':decay'"),
+    ],
+)
+def test_bad_models(model, message, capsys):
+    check_refusal(capsys, message, "compare", model, *SMALL)
+
+
+def check_refusal(capsys, message, *args):
+    """One line on stderr that says why, exit status 2, nothing on stdout."""
+    assert run(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    (line,) = captured.err.splitlines()
+    assert line.startswith("pyro-vae: error: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--guides", "flwo"], "unknown name 'flwo', expected some of"),
+        (["--guides", "flow,flow"], "found ['flow'] more than once"),
+        (["--guides", ","], "guides: found none, expected some of ['mean_field'"),
+        (["--num-chains", "0"], "num_chains: found 0; expected"),
+        (["--num-samples", "0"], "num_samples: found 0; expected"),
+        (["--num-draws", "1"], "num_draws must be at least 4, found 1"),
+        (["--steps", "-1"], "num_steps must not be negative, found -1"),
+        (["--device", "nonsense"], "device: cannot use 'nonsense'"),
+    ],
+)
+def test_bad_values(tmp_path, capsys, args, message):
+    check_refusal(capsys, message, "compare", "gauss", "--out", tmp_path, *args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(tmp_path, capsys):
+    args = ["--device", "cuda", "--out", tmp_path]
+    check_refusal(capsys, "device: cannot use 'cuda'", "compare", "gauss", *args)
+
+
+def test_out_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_compare", lambda *args, **kwargs: pytest.fail("the work began"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        message = f"out: cannot write to {str(out)!r}"
+        check_refusal(capsys, message, "compare", "gauss", "--out", out)
+    assert file.read_text() == "mine"
+
+
+def data_with_nan(x=torch.tensor([1.0, torch.nan])):  # noqa: B008 - as a user's model has it
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def discrete():
+    pyro.sample("coin", dist.Bernoulli(0.5))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(data_with_nan, "observed site 'x': found 1 NaN"), (discrete, "'coin' is discrete")],
+)
+def test_models_that_cannot_be_compared(tmp_path, capsys, monkeypatch, model, message):
+    monkeypatch.setattr(cli, "_find_model", lambda name: model)
+    check_refusal(capsys, message, "compare", "any", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["compare"],
+        ["nonsense"],
+        ["compare", "gauss", "--nonsense", "3"],
+        ["compare", "gauss", "--steps", "many"],
+        ["compare", "gauss", "--dtype", "float16"],
+        ["compare", "gauss", "torus"],
+    ],
+)
+def test_bad_command_lines(capsys, args):
+    assert run(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "usage: pyro-vae" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_guide_that_fails_is_reported_and_the_others_are_written(tmp_path, capsys, monkeypatch):
+    def make(model):
+        def guide(*args, **kwargs):
+            raise RuntimeError("out of ideas")
+
+        return guide
+
+    monkeypatch.setitem(GUIDES, "broken", make)
+    args = ["--guides", "broken,mean_field", "--out", tmp_path]
+    assert run("compare", "gauss", *args, *SMALL) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == "broken failed: RuntimeError: out of ideas"
+    assert "broken: RuntimeError: out of ideas" in captured.err
+    table = pd.read_csv(tmp_path / "table.csv").set_index("guide")
+    assert list(table.index) == ["hmc", "broken", "mean_field"]
+    assert table.loc["broken", "error"] == "RuntimeError: out of ideas"
+    assert table.loc["broken", COLUMNS[1:]].isna().all()
+    assert table.loc["mean_field", COLUMNS[1:]].notna().all()
+    assert (tmp_path / "posterior.png").exists()
+
+
+def test_the_table_is_printed_even_where_it_cannot_be_saved(tmp_path, capsys):
+    (tmp_path / "table.csv").mkdir()
+    assert run("compare", "gauss", "--guides", "mean_field", "--out", tmp_path, *SMALL) == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].split() == COLUMNS
+    assert captured.err.splitlines()[-1].startswith("pyro-vae: error: ")
+
+
+def test_an_interrupt_is_no_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_compare", interrupted)
+    assert run("compare", "gauss", "--out", tmp_path) == 130
+    assert capsys.readouterr().err == "pyro-vae: interrupted\n"
+
+
+def test_help_says_what_there_is(capsys):
+    assert run("--help") == 0
+    assert "Fit guides to a model's posterior" in capsys.readouterr().out
+    assert run("compare", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("out", "seed", "guides", "steps", "num-chains", "num-samples", "num-draws"):
+        assert f"--{option} " in text
+    for phrase in (
+        "A model of pyro_vae.models, such as eight_schools_avb, or package.module:function",
+        "default: mean_field,full_rank,flow,implicit",
+        "--dtype {float32,float64}",
+        "default: 256",
+        "HMC's chains",
+    ):
+        assert phrase in text
+
+
+def test_options_from_a_file(tmp_path, capsys):
+    assert run("compare", "gauss", *SMALL, "--guides", "mean_field", "--print_config") == 0
+    config = tmp_path / "config.yaml"
+    config.write_text(capsys.readouterr().out)
+    out = tmp_path / "out"
+    assert run("compare", "--config", config, "--out", out, "--steps", "3") == 0
+    table = pd.read_csv(out / "table.csv").set_index("guide")
+    assert table.loc["mean_field", "steps"] == 3
+
+
+def test_python_m(tmp_path):
+    command = [sys.executable, "-m", "pyro_vae.cli", "compare", "nonsense"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("pyro-vae: error: model: found 'nonsense'")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_eight_schools_from_end_to_end(tmp_path):
+    """The main job with fewer steps and draws: every file, and the order of the guides."""
+    out = tmp_path / "out"
+    command = [
+        *(Path(sys.executable).parent / "pyro-vae", "compare", "eight_schools_avb", "--out", out),
+        *("--steps", "1500", "--num-chains", "128", "--num-samples", "400", "--num-draws", "4000"),
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    names = ["convergence.png", "draws.nc", "posterior.png", "table.csv"]
+    assert sorted(path.name for path in out.iterdir()) == names
+
+    table = pd.read_csv(out / "table.csv")
+    assert list(table.columns) == COLUMNS
+    assert list(table["guide"]) == ["hmc", *GUIDES]
+    table = table.set_index("guide")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["guide", *table.index]
+    numbers = ["knn_kl", "knn_kl_se", "max_mean_error", "max_sd_error", "seconds"]
+    assert table[numbers].notna().all(axis=None)
+    assert table.loc[["hmc", "implicit"], "khat"].isna().all()
+    assert table.loc[["mean_field", "full_rank", "flow"], "khat"].notna().all()
+
+    kl = table["knn_kl"]
+    assert abs(kl["hmc"]) < 4 * table.loc["hmc", "knn_kl_se"]
+    # A Gaussian takes one of the two modes, which alone costs log 2.
+    assert kl["mean_field"] > math.log(2)
+    assert kl["full_rank"] > math.log(2)
+    assert kl["flow"] < 0.3
+    assert kl["implicit"] < kl["full_rank"] - 0.3
+    assert table.loc["flow", "elbo"] > table.loc["full_rank", "elbo"] + 0.3
+
+    for label in table.index:
+        posterior = read(out / "draws.nc", label).posterior
+        assert posterior["eta"].shape == (1, 4000, 8)
+        # τ and −τ are equally likely.
+        mass = float((posterior["tau"] > 0).mean())
+        if label in ("hmc", "flow"):
+            assert 0.4 < mass < 0.6
