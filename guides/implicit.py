@@ -139,10 +139,8 @@ class AutoImplicit(AutoSampled):
     def _create_parameters(self, loc: Tensor, args: tuple, kwargs: dict) -> None:
         dim = self.latent_dim
         noise_dim = 2 * dim + 4 if self.noise_dim is None else self.noise_dim
-        for name, width in (
-            ("noise_dim", noise_dim),
-            *(("hidden_dims", w) for w in self.hidden_dims),
-        ):
+        widths = [("noise_dim", noise_dim), *(("hidden_dims", w) for w in self.hidden_dims)]
+        for name, width in widths:
             if width < dim:
                 raise ValueError(
                     f"{name} must be at least the number of latents, or the guide has no density: "

@@ -8,7 +8,7 @@ such a density or its gradient, into one graph and compiles it.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -335,10 +335,9 @@ class UnconstrainedModel:
         probes = []
         with torch.enable_grad():
             probes.append(self._run(tracked))
-            try:
+            # No density so far out, such as a covariance that is singular, says nothing.
+            with suppress(ValueError, RuntimeError, ArithmeticError):
                 probes.append(self._run(wide))
-            except (ValueError, RuntimeError, ArithmeticError):
-                pass  # no density that far out, such as a covariance that is singular
         return probes
 
     @staticmethod

@@ -134,6 +134,12 @@ def _data(model: Callable, device: torch.device, dtype: torch.dtype) -> dict[str
         if isinstance(value, torch.Tensor):
             value = value.to(device, dtype if value.is_floating_point() else value.dtype)
         data[name] = value
+    chosen = device.type != "cpu" or dtype != torch.get_default_dtype()
+    if chosen and not any(isinstance(value, torch.Tensor) for value in data.values()):
+        raise ValueError(
+            f"device, dtype: found {device} and {dtype}, but the model has no tensor among its "
+            "arguments' defaults that could take them there"
+        )
     return data
 
 

@@ -36,7 +36,7 @@ from .guides import AutoFlow, AutoImplicit
 from .losses import AVB_ELBO
 from .mcmc import HMC
 from .plots import plot_convergence, plot_marginals
-from .svi import ADVERSARIAL_BETAS, cosine, fit, has_learned_density, linear
+from .svi import adversarial_recipe, fit, has_learned_density
 from .threads import one_thread_if_small
 
 __all__ = ["GUIDES", "Comparison", "compare"]
@@ -84,6 +84,7 @@ class Comparison:
         baseline: The kNN KL of the reference to itself on as many draws as in the curves.
         errors: By guide: why its fit failed.
         reference: What the reference draws came from.
+        reference_chains: By site, thinned draws of the reference [chains, n, *site].
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Comparison:
         baseline: float,
         errors: Mapping[str, str],
         reference: Any,
+        reference_chains: Mapping[str, NDArray],
     ) -> None:
         self.table = table
         self.draws = draws
@@ -101,6 +103,7 @@ class Comparison:
         self.baseline = baseline
         self.errors = errors
         self.reference = reference
+        self.reference_chains = reference_chains
 
     def __repr__(self) -> str:
         table = self.table.drop(columns="error", errors="ignore")
@@ -138,11 +141,17 @@ class Comparison:
         return plot_convergence(self.curves, baseline=self.baseline)
 
     def to_arviz(self) -> dict[str, az.InferenceData]:
-        """Return an ``InferenceData`` with a ``posterior`` group for each posterior, by name."""
-        return {
-            label: az.from_dict(posterior={name: x[None] for name, x in values.items()})
+        """Return an ``InferenceData`` with a ``posterior`` group for each posterior, by name.
+
+        The reference keeps its chains, thinned to about as many draws as the guides'; a guide's
+        draws are independent and count as one chain.
+        """
+        chains = {
+            label: {name: x[None] for name, x in values.items()}
             for label, values in self.draws.items()
         }
+        chains[REFERENCE] = dict(self.reference_chains)
+        return {label: az.from_dict(posterior=values) for label, values in chains.items()}
 
     def save(self, directory: str | Path) -> None:
         """Write ``table.csv``, ``posterior.png``, ``convergence.png`` and ``draws.nc``.
@@ -192,7 +201,8 @@ def compare(
                         by the reference's standard deviation
     ``knn_kl_se``       its Monte Carlo standard error
     ``elbo``            evidence lower bound in nats, from ``num_draws`` draws; where the guide's
-                        density is learned, what the discriminator claims
+                        density is learned, what the discriminator claims: no bound, and it was
+                        trained on the last iterates where the guide is their average
     ``max_mean_error``  largest difference of a site's mean from the reference's, in its posterior
                         standard deviations
     ``max_sd_error``    largest difference of a site's standard deviation, in the same unit
@@ -293,7 +303,7 @@ def compare(
         table["error"] = table["guide"].map(errors)
     draws[REFERENCE] = truth.draws
     baseline = truth.own_kl(CURVE_DRAWS).value
-    return Comparison(table, draws, curves, baseline, errors, truth.source)
+    return Comparison(table, draws, curves, baseline, errors, truth.source, truth.chains)
 
 
 class _Reference:
@@ -316,15 +326,18 @@ class _Reference:
             source.run(*density.args, **density.kwargs)
             self.seconds = time.perf_counter() - started
             self.steps = source.warmup_steps + source.num_samples
-            _check_hmc(source, progress)
         self.source = source
         z = _chains(_get_samples(source), density)
-        if len(z) > 1:  # even against odd chains, which are independent
-            halves = [z[0::2].flatten(0, 1), z[1::2].flatten(0, 1)]
-        else:
-            halves = list(z[0].tensor_split(2))
+        chains_per_start = 1
+        if isinstance(source, HMC):
+            _check_hmc(source, progress)
+            chains_per_start = source.num_chains // source.num_superchains
+        halves = _halve(z, chains_per_start)
         self.first, self.second = (_thin(half, num_draws) for half in halves)
         self.draws = _to_sites(density, self.first)
+        self.chains = _to_sites(density, z[:, :: max(1, z.shape[0] * z.shape[1] // num_draws)])
+        self.half_moments = [_moments(_to_sites(density, half)) for half in halves]
+        self.moments = _moments(_to_sites(density, z.flatten(0, 1)))
         self.scale = z.flatten(0, 1).std(0)
         if constant := _name_sites(density, self.scale == 0):
             raise ValueError(
@@ -354,7 +367,7 @@ class _Reference:
             "guide": REFERENCE,
             "knn_kl": kl.value,
             "knn_kl_se": kl.standard_error,
-            **_moment_errors(_to_sites(self.density, self.second), self.draws),
+            **_moment_errors(*reversed(self.half_moments)),
             "steps": self.steps,
             "seconds": self.seconds,
         }
@@ -418,7 +431,7 @@ class _Study:
             "knn_kl": kl.value,
             "knn_kl_se": kl.standard_error,
             "elbo": log_weights.mean().item(),
-            **_moment_errors(draws, self.truth.draws),
+            **_moment_errors(_moments(draws), self.truth.moments),
             "khat": khat,
             "steps": self.steps,
             "seconds": self.seconds,
@@ -481,19 +494,7 @@ def _recipe(
         "max_plate_nesting": _max_plate_nesting(density, guide),
     }
     if learned_density:
-        # Found by tests/benchmarks/avb_study.py. What makes it reliable is to start from a
-        # tempered likelihood, and three steps of a discriminator with many samples.
-        adam = partial(torch.optim.Adam, betas=ADVERSARIAL_BETAS, fused=True)
-        return {
-            "loss": AVB_ELBO(num_adversary_particles=384, **particles),
-            "num_steps": 6000,
-            "optim": partial(adam, lr=5e-4),
-            "adversary_optim": partial(adam, lr=3e-3),
-            "num_adversary_steps": 3,
-            "adversary_schedule": cosine(end=0.1),
-            "likelihood_weight": linear(0.1, until=0.4),
-            "average": 0.99,
-        }
+        return {"loss": AVB_ELBO(num_adversary_particles=384, **particles), **adversarial_recipe()}
     learning_rate = 5e-3 if isinstance(guide, AutoFlow) else 2e-2
     return {
         "loss": Trace_ELBO(**particles),
@@ -530,7 +531,10 @@ def _check_hmc(mcmc: HMC, progress: bool) -> None:
     diagnostics = mcmc.diagnostics()
     # Many short chains cannot pass plain R̂; few long ones have no superchains.
     kind = "nested_r_hat" if mcmc.num_superchains < mcmc.num_chains else "r_hat"
-    worst = max(float(diagnostics[name][kind].max()) for name in mcmc.model_density.sites)
+    draws = mcmc.get_samples()
+    # An entry that never varies, such as the zeros of a Cholesky factor, has no R̂.
+    r_hats = [diagnostics[name][kind][draws[name].std(0) > 0] for name in mcmc.model_density.sites]
+    worst = float(torch.cat(r_hats).max())  # NaN if any is
     divergences = sum(len(indices) for indices in diagnostics["divergences"].values())
     found = f"largest {kind} {worst:.4f}, {divergences} divergences"
     if progress:
@@ -774,14 +778,33 @@ def _coordinates(values: Mapping[str, NDArray]) -> dict[str, NDArray]:
     return result
 
 
-def _moment_errors(z: Mapping[str, NDArray], truth: Mapping[str, NDArray]) -> dict[str, float]:
+def _moments(draws: Mapping[str, NDArray]) -> tuple[NDArray, NDArray]:
+    """Return mean and standard deviation of every entry of the sites."""
+    entries = _coordinates(draws).values()
+    mean = np.array([x.mean(dtype=np.float64) for x in entries])
+    return mean, np.array([x.std(dtype=np.float64) for x in entries])
+
+
+def _moment_errors(
+    found: tuple[NDArray, NDArray], truth: tuple[NDArray, NDArray]
+) -> dict[str, float]:
     """Compare the sites' moments, in posterior standard deviations."""
-    x, y = (np.stack(list(_coordinates(draws).values()), 1).astype(float) for draws in (z, truth))
-    scale = y.std(0)
-    varies = scale > 0  # not the zeros of a Cholesky factor
-    mean_error = np.abs(x.mean(0) - y.mean(0))[varies] / scale[varies]
-    sd_error = np.abs(x.std(0) - scale)[varies] / scale[varies]
+    (mean, sd), (true_mean, true_sd) = found, truth
+    varies = true_sd > 0  # not the zeros of a Cholesky factor
+    mean_error = np.abs(mean - true_mean)[varies] / true_sd[varies]
+    sd_error = np.abs(sd - true_sd)[varies] / true_sd[varies]
     return {"max_mean_error": float(mean_error.max()), "max_sd_error": float(sd_error.max())}
+
+
+def _halve(z: Tensor, chains_per_start: int) -> list[Tensor]:
+    """Split draws [chains, n, d] into two independent halves, each [*, d].
+
+    Chains that started at one point stay together, or both halves would show the same modes.
+    """
+    groups = z.unflatten(0, (-1, chains_per_start)).flatten(1, 2)
+    if len(groups) == 1:
+        return list(groups[0].tensor_split(2))
+    return [groups[0::2].flatten(0, 1), groups[1::2].flatten(0, 1)]
 
 
 @contextmanager

@@ -35,7 +35,8 @@ Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 #: Takes the fraction of the steps done, in [0, 1], to a factor.
 Schedule = Callable[[float], float]
 
-# β₁ = 0.5 as in the Eight Schools notebook of the AVB paper's authors: the players chase each other, and momentum lags.
+# β₁ = 0.5 as in the Eight Schools notebook of the AVB paper's authors: the players chase each
+# other, and momentum lags.
 ADVERSARIAL_BETAS = (0.5, 0.999)
 
 
@@ -133,9 +134,9 @@ def fit(
         loss: An :class:`pyro.infer.ELBO` with ``differentiable_loss``.
         *args: Passed to model and guide.
         num_steps: Steps of the guide and model.
-        optim: Takes parameters to a torch optimiser, or one of :mod:`pyro.optim`. Adam at 1e-2 by default, or, beside an
-            adversary, at 1e-3 with β₁ = 0.5. :func:`adversarial_recipe` holds what was found to
-            be reliable there.
+        optim: Takes parameters to a torch optimiser, or one of :mod:`pyro.optim`. Adam at 1e-2 by
+            default, or, beside an adversary, at 1e-3 with β₁ = 0.5. :func:`adversarial_recipe`
+            holds what was found to be reliable there.
         adversary_optim: The same for the adversary. Adam at 2e-3 with β₁ = 0.5 by default.
         num_adversary_steps: Steps of the adversary for each step of the guide.
         schedule: Factor of the learning rate over the steps; :func:`cosine` by default.
@@ -188,10 +189,8 @@ def fit(
                 f"the guide's density is learned, and {type(loss).__name__} has no adversary that "
                 "would train it; expected a loss that has one, such as AVB_ELBO"
             )
-    optim, adversary_optim = (
-        _optimizer(optim, "optim"),
-        _optimizer(adversary_optim, "adversary_optim"),
-    )
+    optim = _optimizer(optim, "optim")
+    adversary_optim = _optimizer(adversary_optim, "adversary_optim")
     if optim is None:
         adversarial = partial(torch.optim.Adam, lr=1e-3, betas=ADVERSARIAL_BETAS)
         optim = partial(torch.optim.Adam, lr=1e-2) if adversary is None else adversarial

@@ -48,8 +48,9 @@ def num_leapfrog_steps(
 ) -> int:
     r"""Return the jittered number of leapfrog steps, :math:`⌈2 u L / ε⌉` within 1 … max_steps.
 
-    With u uniform the mean length of a trajectory is L and half a step. Lengths between 0 and 2L have no period in
-    common with any component of the target, so that none can be revisited for ever.
+    With u uniform the mean length of a trajectory is L and half a step. Lengths between 0 and 2L
+    have no period in common with any component of the target, so that none can be revisited for
+    ever.
 
     Args:
         trajectory_length: Mean length L.
