@@ -29,6 +29,9 @@ __all__ = ["LatentSite", "UnconstrainedModel", "capture"]
 # prior cannot be sampled; the value used by Stan and Pyro.
 _INIT_RADIUS = 2.0
 
+# Runs far from the prior that look for dependences which no gradient shows.
+_WIDE_PROBES = 20
+
 
 class LatentSite(NamedTuple):
     """One latent site of a model, and its place in the unconstrained vector.
@@ -317,7 +320,7 @@ class UnconstrainedModel:
     def _probe(self) -> list[Any]:
         """Run the model at latent values that autograd tracks, to see what depends on them.
 
-        One run is at prior draws; the other far and wide, for what depends on values through a
+        One run is at prior draws; the others far and wide, for what depends on values through a
         comparison, or through a function that is constant where the prior lies.
         """
 
@@ -335,9 +338,10 @@ class UnconstrainedModel:
         probes = []
         with torch.enable_grad():
             probes.append(self._run(tracked))
-            # No density so far out, such as a covariance that is singular, says nothing.
-            with suppress(ValueError, RuntimeError, ArithmeticError):
-                probes.append(self._run(wide))
+            for _ in range(_WIDE_PROBES):
+                # No density so far out, such as a covariance that is singular, says nothing.
+                with suppress(ValueError, RuntimeError, ArithmeticError):
+                    probes.append(self._run(wide))
         return probes
 
     @staticmethod

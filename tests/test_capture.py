@@ -352,3 +352,28 @@ def test_capture_compiles_without_warnings():
         warnings.simplefilter("error")
         compiled = capture(gradient, z)
     torch.testing.assert_close(compiled(z), gradient(z))
+
+
+def test_a_dependence_that_two_runs_can_miss():
+    """w depends on z, but not where z < 0: the relu is 0 there, and the same in every run."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(5.0 * torch.relu(z), 0.1))
+
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        draws = UnconstrainedModel(model).sample_prior(500)
+        on = draws[:, 0] > 0.5
+        assert (draws[on, 1] > 1.0).all()
+
+
+def test_a_dependence_through_a_comparison():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(torch.where(z > 2.5, 100.0, 0.0), 0.1))
+
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        z, w = UnconstrainedModel(model).sample_prior(4000).T
+        assert torch.equal(z > 2.5, w > 50.0)

@@ -342,3 +342,16 @@ def test_learns_the_log_density_of_a_correlated_gaussian(loss, kind, device):
         schedule.step()
     assert error().mean().abs() < 0.1
     assert error().std() < 0.1
+
+
+def test_a_contrast_stays_a_density():
+    """After samples that are not finite, and after a guide that collapses to a point."""
+    contrast = AdaptiveContrast(torch.zeros(2), torch.ones(2))
+    contrast.adapt(torch.tensor([[1.0, math.nan], [2.0, 1.0], [3.0, 1.0]]))
+    assert contrast.loc[0] != 0
+    assert contrast.loc[1] == 0
+    assert contrast.scale[1] == 1
+    for _ in range(500):
+        contrast.adapt(torch.ones(10, 2))
+    assert (contrast.scale > 0).all()
+    assert contrast.log_prob(torch.ones(2)).isfinite()

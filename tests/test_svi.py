@@ -491,3 +491,21 @@ def test_nothing_to_fit(model):
 
     with pytest.raises(ValueError, match="nothing to fit"):
         fit(model, guide, Trace_ELBO(), number(1.0), num_steps=2, train_model=False)
+
+
+def test_takes_pyros_optimisers():
+    losses = []
+    for optim in (pyro.optim.Adam({"lr": 0.05}), partial(torch.optim.Adam, lr=0.05)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        guide = AutoNormal(gauss)
+        losses.append(fit(gauss, guide, Trace_ELBO(), num_steps=5, optim=optim).losses)
+    assert torch.equal(*losses)
+
+
+def test_a_pyro_optimiser_with_a_scheduler_is_refused():
+    scheduler = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9}
+    )
+    with pytest.raises(ValueError, match="optim: found a Pyro optimiser with a scheduler"):
+        fit(gauss, AutoNormal(gauss), Trace_ELBO(), num_steps=1, optim=scheduler)

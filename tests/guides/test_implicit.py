@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae.guides import AutoImplicit
+from pyro_vae import models
+from pyro_vae.guides import AutoFlow, AutoImplicit
 from pyro_vae.models import rosenbrock
 from pyro_vae.nn import MLP
 from pyro_vae.ratios import AdaptiveContrast
@@ -121,3 +122,30 @@ def test_bad_contrast(model):
 def test_less_noise_than_latents_has_no_density(model):
     with pytest.raises(ValueError, match="found 1, expected 2 or more"):
         AutoImplicit(model, noise_dim=1).setup()
+
+
+@pytest.mark.parametrize("name", models.__all__)
+@pytest.mark.parametrize("make", [AutoFlow, AutoImplicit])
+def test_starts_on_every_model(make, name):
+    """A half-Cauchy's mean is infinite: a guide must not start there."""
+    guide = make(getattr(models, name))
+    guide.setup()
+    assert all(value.isfinite().all() for value in guide.state_dict().values())
+
+
+def test_a_failed_setup_is_none():
+    """The second call says what is wrong again, rather than that a parameter is missing."""
+    guide = AutoImplicit(models.gauss, noise_dim=1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="noise_dim must be at least the number of latents"):
+            guide()
+    with pytest.raises(ValueError, match="hidden_dims must be at least the number of latents"):
+        AutoImplicit(models.gauss, hidden_dims=(8, 1)).setup()
+
+
+def test_a_start_that_is_not_finite_names_its_site():
+    def infinite(site):
+        return torch.full_like(site["fn"].sample(), torch.inf)
+
+    with pytest.raises(ValueError, match="site 'x' starts at"):
+        AutoFlow(models.gauss, init_loc_fn=infinite).setup()

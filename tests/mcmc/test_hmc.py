@@ -446,3 +446,12 @@ def test_cuda():
     assert mcmc.get_samples()["tau"].is_cuda
     assert sum(map(len, mcmc.diagnostics()["divergences"].values())) == 0
     assert mcmc.to_arviz().posterior["tau"].shape == (64, 100)
+
+
+@pytest.mark.parametrize(
+    ("num_chains", "expected"),
+    [(4, 4), (16, 16), (256, 16), (100, 20), (50, 10), (34, 17), (37, 37)],
+)
+def test_default_superchains_are_enough(num_chains, expected):
+    """Two or four starting points would say too little about the modes that chains miss."""
+    assert HMC(eight_schools, num_chains).num_superchains == expected
