@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no display is needed, in subprocesses neither
@@ -16,8 +15,6 @@ import matplotlib as mpl
 import pyro
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,20 +48,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """The floating-point type that ``--dtype`` names."""
     return getattr(torch, request.config.getoption("--dtype"))
-
-
-@pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The folder of real data sets: ``PYRO_VAE_DATA``, or ``shared/data`` beside the repository."""
-    named = os.environ.get("PYRO_VAE_DATA")
-    if named:
-        if not Path(named).is_dir():
-            pytest.fail(f"PYRO_VAE_DATA names {named}, which is not a folder", pytrace=False)
-        return Path(named)
-    beside = REPOSITORY.parent / "shared" / "data"
-    if not beside.is_dir():
-        pytest.skip(f"real data sets: PYRO_VAE_DATA is not set and there is no folder {beside}")
-    return beside
 
 
 # What a test may not leave changed: name -> (read, restore).

@@ -4,9 +4,9 @@
 
 Prints Markdown: for the two-mode posterior of the AVB paper and for Gelman's non-centred one, the
 smallest bulk ESS over all parameters and their squares (arviz, all chains), divided by the seconds
-after compilation with the warm-up counted, of our HMC (256 chains), of NumPyro's NUTS (64 vectorised
-chains) and of Pyro's NUTS (one chain, jit on). Each runs 500 warm-up steps and 2000 draws a chain,
-Pyro's 100 and 200; the more chains, the less the warm-up weighs.
+after compilation with the warm-up counted, of our HMC (256 chains), of NumPyro's NUTS (64
+vectorised chains) and of Pyro's NUTS (one chain, jit on). Each runs 500 warm-up steps and 2000
+draws a chain, Pyro's 100 and 200; the more chains, the less the warm-up weighs.
 """
 
 from __future__ import annotations
