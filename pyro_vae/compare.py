@@ -154,8 +154,6 @@ class Comparison:
         with warnings.catch_warnings():
             # The reference's many short chains are meant: arviz takes them for a wrong shape.
             warnings.filterwarnings("ignore", message="More chains")
-            with warnings.catch_warnings():  # many short chains are meant
-            warnings.filterwarnings("ignore", message="More chains .* than draws")
             return {label: az.from_dict(posterior=values) for label, values in chains.items()}
 
     def save(self, directory: str | Path) -> None:
