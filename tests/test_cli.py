@@ -65,7 +65,10 @@ def test_compare_prints_the_table_and_writes_the_files(tmp_path, capsys):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     for label in table["guide"]:
         x = read(out / "draws.nc", label).posterior["x"].values
-        assert x.shape == (1, 200, 2)
+        chains = 16 if label == "hmc" else 1  # the reference keeps its chains
+        assert x.shape[0] == chains
+        assert 200 <= x.shape[0] * x.shape[1] < 200 + 2 * chains
+        assert x.shape[2] == 2
         assert x.dtype == np.float32
 
 
@@ -344,7 +347,9 @@ def test_eight_schools_from_end_to_end(tmp_path):
 
     for label in table.index:
         posterior = read(out / "draws.nc", label).posterior
-        assert posterior["eta"].shape == (1, 4000, 8)
+        assert posterior["eta"].shape[0] == (128 if label == "hmc" else 1)
+        assert posterior["eta"].shape[2] == 8
+        assert posterior["tau"].size >= 4000
         # τ and −τ are equally likely.
         mass = float((posterior["tau"] > 0).mean())
         if label in ("hmc", "flow"):
