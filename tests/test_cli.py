@@ -86,16 +86,7 @@ def test_the_seed_decides(tmp_path):
         assert run("compare", "gauss", *args, *SMALL) == 0
         return pd.read_csv(tmp_path / "table.csv").drop(columns="seconds")
 
-    first = numbers(1)
-    pd.testing.assert_frame_equal(numbers(1), first, check_exact=True)
-    assert (numbers(2)["knn_kl"] != first["knn_kl"]).all()
-
-
-def test_dtype(tmp_path):
-    args = ["--guides", "full_rank", "--dtype", "float64", "--out", tmp_path]
-    assert run("compare", "gauss", *args, *SMALL) == 0
-    for label in ("hmc", "full_rank"):
-        assert read(tmp_path / "draws.nc", label).posterior["x"].dtype == np.float64
+    assert (numbers(2)["knn_kl"] != numbers(1)["knn_kl"]).all()
 
 
 def test_out_is_named_after_the_model_by_default(tmp_path, monkeypatch):
