@@ -34,7 +34,7 @@ from .capture import UnconstrainedModel
 from .divergences import knn_kl
 from .guides import AutoFlow, AutoImplicit
 from .losses import AVB_ELBO
-from .mcmc import HMC
+from .mcmc import HMC, to_inference_data
 from .plots import plot_convergence, plot_marginals
 from .svi import adversarial_recipe, fit, has_learned_density
 from .threads import one_thread_if_small
@@ -151,10 +151,7 @@ class Comparison:
             for label, values in self.draws.items()
         }
         chains[REFERENCE] = dict(self.reference_chains)
-        with warnings.catch_warnings():
-            # The reference's many short chains are meant: arviz takes them for a wrong shape.
-            warnings.filterwarnings("ignore", message="More chains")
-            return {label: az.from_dict(posterior=values) for label, values in chains.items()}
+        return {label: to_inference_data(posterior=values) for label, values in chains.items()}
 
     def save(self, directory: str | Path) -> None:
         """Write ``table.csv``, ``posterior.png``, ``convergence.png`` and ``draws.nc``.
@@ -226,7 +223,9 @@ def compare(
             mapping gives them labels.
         *args: Passed to model and guides.
         reference: Run :class:`~pyro_vae.mcmc.HMC` or :class:`pyro.infer.MCMC`, or draws by site,
-            [n, \*site] or [chains, n, \*site]. By default our HMC, run here.
+            [n, \*site] or [chains, n, \*site]. By default our HMC, run here. Thin draws that repeat
+            because proposals were rejected: repeats make ``knn_kl`` look smaller. Its rows and
+            draws go by the name ``hmc``, whatever it is.
         num_steps: Optimisation steps of every guide; 0 takes the guides as they are. By default
             what each kind of guide needs.
         options: By label of the guide: arguments of :func:`~pyro_vae.fit`, ``loss`` included, that

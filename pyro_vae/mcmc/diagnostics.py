@@ -134,4 +134,8 @@ def to_inference_data(**groups: dict[str, Any]) -> Any:
         }
         for group, values in groups.items()
     }
-    return _arviz().from_dict(**arrays)
+    arviz = _arviz()
+    with warnings.catch_warnings():
+        # Many short chains are meant: arviz takes them for a wrong shape.
+        warnings.filterwarnings("ignore", message="More chains")
+        return arviz.from_dict(**arrays)
