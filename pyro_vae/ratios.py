@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine import Trace
+from pyro.poutine.runtime import effectful
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal, constraints
 from torch.nn.functional import softplus
@@ -25,6 +26,7 @@ __all__ = [
     "f_divergence_loss",
     "implicit_distributions",
     "logistic_loss",
+    "show_parameters",
 ]
 
 
@@ -292,3 +294,32 @@ def implicit_distributions(trace: Trace) -> Iterator[ImplicitDistribution]:
             fn = fn.base_dist
         if getattr(fn, "learned_density", False):
             yield fn
+
+
+def show_parameters(module: nn.Module) -> None:
+    """Tell whoever listens, ``SVI`` or ``fit``, that a module's parameters are in play.
+
+    As ``pyro.module`` does, but without the global parameter store, where a second module of the
+    same name would silently stand for the first. The parameters live in the module and are saved
+    by its ``state_dict``.
+
+    Args:
+        module: A module, such as the discriminator that an adversary's loss trains.
+
+    Example:
+        >>> import pyro.poutine as poutine
+        >>> with poutine.trace(param_only=True) as capture:
+        ...     show_parameters(nn.Linear(2, 1))
+        >>> len(capture.trace.nodes)
+        2
+    """
+    owner = f"{type(module).__name__}_{id(module):x}"
+    for name, parameter in module.named_parameters():
+        _show(parameter, name=f"{owner}.{name}")
+
+
+@effectful(type="param")
+def _show(parameter: nn.Parameter) -> Tensor:
+    value = parameter.detach()
+    value.unconstrained = lambda: parameter  # type: ignore[attr-defined]
+    return value
