@@ -1,0 +1,625 @@
+"""What one run of model and guide yields: the terms that every loss is a formula in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_site_shape
+from torch import Tensor
+from torch.distributions import (
+    Independent,
+    MultivariateNormal,
+    Normal,
+    biject_to,
+    constraints,
+    kl_divergence,
+)
+
+__all__ = ["NonFiniteError", "Terms", "TracePair", "get_trace_pair", "is_standard_normal"]
+
+PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate over particles
+
+
+class NonFiniteError(ArithmeticError, ValueError):
+    """A loss or gradient was not finite; the parameters are those of the last good step."""
+
+
+class TracePair(NamedTuple):
+    """One run of the guide, and of the model at the guide's latents.
+
+    Attributes:
+        model: The model's trace, without its subsample sites.
+        guide: The guide's.
+    """
+
+    model: poutine.Trace
+    guide: poutine.Trace
+
+
+def get_trace_pair(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict, max_plate_nesting: float
+) -> TracePair:
+    """Run the guide, then the model at its latents, and check that they fit each other.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide, or one of Pyro's guide messengers.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        max_plate_nesting: Number of batch dimensions that plates may claim.
+
+    Raises:
+        ValueError: If a latent site is in one of them only, cannot be reparameterised, or has a
+            batch dimension that no plate declares.
+
+    Example:
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_vae.models import gauss
+        >>> pair = get_trace_pair(gauss, AutoNormal(gauss), (), {}, float("inf"))
+        >>> list(pair.model.stochastic_nodes)
+        ['x']
+    """
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, poutine.messenger.Messenger):
+        guide(*args, **kwargs)
+        model_trace, guide_trace = unwrapped.get_traces()
+    else:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    pair = TracePair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
+    _check_match(pair)
+    if is_validation_enabled():
+        for trace in pair:
+            for site in _samples(trace):
+                check_site_shape({**site, "log_prob": _like_log_prob(site)}, max_plate_nesting)
+    return pair
+
+
+class Terms:
+    r"""The terms of an objective, per particle and data point.
+
+    S is the number of particles, N that of data points: the batch of the *data plates*, the plates
+    that hold every latent site, of model and guide (1 where no plate does). What lies in further
+    plates within is summed. All log densities are in nats.
+
+    Each data point stands for ``scale`` of them: for full size over batch size under a subsampled
+    plate, times what ``poutine.scale`` says of all sites alike. ``total`` applies it, once; nothing
+    else here is scaled by it. Scales of single sites (``poutine.scale`` around one, a subsampled
+    plate within the data plates) are in the terms.
+
+    Observed sites outside the data plates (a ``pyro.factor`` on the weights, say) belong to no data
+    point. They are in ``shared``.
+
+    Args:
+        pairs: One pair of traces with all particles in a plate, or one for each particle.
+        run_model: Runs the model alone, for draws from the prior of several latent sites.
+        analytic_kl: Whether ``kl`` is in closed form where torch knows one.
+
+    Attributes:
+        num_particles: S.
+        num_points: N.
+        scale: How many data points each stands for, a number or [N].
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(torch.ones(2), 1.0).to_event(1))
+        >>> pair = get_trace_pair(model, guide, (torch.zeros(5),), {}, float("inf"))
+        >>> terms = Terms([pair])
+        >>> terms.log_likelihood.shape, terms.z.shape
+        (torch.Size([1, 5]), torch.Size([1, 5, 2]))
+        >>> terms.kl  # ½‖(1, 1)‖² for each data point
+        tensor([[1., 1., 1., 1., 1.]])
+        >>> terms.total(terms.kl)
+        tensor(5.)
+    """
+
+    def __init__(
+        self,
+        pairs: list[TracePair],
+        run_model: Callable[[], list[poutine.Trace]] | None = None,
+        *,
+        analytic_kl: bool = True,
+    ) -> None:
+        self.pairs = pairs
+        self.run_model = run_model
+        self.analytic_kl = analytic_kl
+        model, guide = pairs[0]
+        self.latents = tuple(model.stochastic_nodes)
+        if not self.latents:
+            raise ValueError("the model has no latent site: found observed sites only")
+        latent_sites = [model.nodes[name] for name in self.latents]
+        self._guide_sites = [guide.nodes[name] for name in guide.stochastic_nodes]
+        particles = [f for f in latent_sites[0]["cond_indep_stack"] if f.name == PARTICLES]
+        self._particle_dim = particles[0].dim if particles else None
+        self.num_particles = particles[0].size if particles else len(pairs)
+        self.plates = _data_plates(latent_sites, self._guide_sites)
+        self.num_points = prod(int(plate.size) for plate in self.plates)
+        self._plate_scale = prod(_subsampling(plate) for plate in self.plates)
+        self.scale = self._plate_scale * self._common_factor
+
+    # --- the terms -------------------------------------------------------------------------------
+
+    @cached_property
+    def log_likelihood(self) -> Tensor:
+        """log p(x|z) [S, N], over all observed sites in the data plates."""
+        return self._log_density(self._is_data)
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """Log density of the observed sites outside the data plates [S]."""
+
+        def one(pair: TracePair) -> Tensor:
+            total = self._zeros()[:, 0]
+            for site in _observed(pair.model):
+                if not self._is_data(site):
+                    factor = site["scale"]  # of its own: it is in no data plate
+                    total = total + self._to_particles(_log_prob(site) * factor)
+            return total
+
+        return torch.cat([one(pair) for pair in self.pairs])
+
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """log p(z) [S, N], over all latent sites."""
+        return self._log_density(lambda site: not site["is_observed"])
+
+    @cached_property
+    def log_guide(self) -> Tensor:
+        """log q(z|x) [S, N], over all latent sites, those of the guide alone included."""
+
+        def one(pair: TracePair) -> Tensor:
+            sites = (pair.guide.nodes[name] for name in pair.guide.stochastic_nodes)
+            return sum((self._density(site) for site in sites), self._zeros())
+
+        return torch.cat([one(pair) for pair in self.pairs])
+
+    @cached_property
+    def kl(self) -> Tensor:
+        r"""KL(q(z|x) ‖ p(z)) [S, N]: site by site in closed form, else log q − log p at z.
+
+        A closed form is that of a site given the ones before it, which needs an order common to
+        model and guide; without one all are estimated at z.
+        """
+        closed, (log_q, log_p) = self._kl_parts
+        return sum((part.sum(-1) for part in closed.values()), log_q - log_p)
+
+    @cached_property
+    def kl_by_dim(self) -> Tensor:
+        """The parts of ``kl`` [S, N, K]: by coordinate where it splits so, by site where not."""
+        closed, (log_q, log_p) = self._kl_parts
+        rest = [] if len(closed) == len(self.latents) else [(log_q - log_p).unsqueeze(-1)]
+        return torch.cat([*closed.values(), *rest], -1)
+
+    @cached_property
+    def log_weight(self) -> Tensor:
+        """log p(x, z) − log q(z|x) [S, N], the importance weights."""
+        return self.log_likelihood + self.log_prior - self.log_guide
+
+    @cached_property
+    def z(self) -> Tensor:
+        """All latents of each data point, in unconstrained space and in one vector [S, N, d]."""
+        return torch.cat([self._latent_vector(pair.model) for pair in self.pairs])
+
+    def sample_prior(self) -> Tensor:
+        """Draw as many latents from p(z), in unconstrained space [S, N, d].
+
+        A single latent site is drawn from its distribution. Several may depend on one another:
+        the model is run.
+        """
+        if len(self.latents) == 1:
+            (name,) = self.latents
+            sites = [dict(pair.model.nodes[name]) for pair in self.pairs]
+            for site in sites:
+                site["value"] = site["fn"]()
+            return torch.cat([self._unconstrained_vector(site) for site in sites])
+        if self.run_model is None:
+            raise ValueError(
+                f"several latent sites {list(self.latents)} are drawn by running the model: "
+                "expected run_model, found None"
+            )
+        return torch.cat([self._latent_vector(trace) for trace in self.run_model()])
+
+    def reconstruction(self, site: str | None = None) -> tuple[Tensor, Tensor]:
+        r"""Return an observed site's value x and the mean x̂ of its distribution.
+
+        Args:
+            site: Its name; may be left out where the data plates hold one observed site.
+
+        Returns:
+            ``(x, x_hat)``, each [S, N, \*shape].
+        """
+        names = [s["name"] for s in _observed(self.pairs[0].model) if self._is_data(s)]
+        names = [name for name in names if name == site or site is None]
+        if len(names) != 1:
+            found = [s["name"] for s in _observed(self.pairs[0].model)]
+            expected = "one, or a name" if site is None else repr(site)
+            raise ValueError(f"observed site: expected {expected}, found {found}")
+        x, x_hat = [], []
+        for pair in self.pairs:
+            observed = pair.model.nodes[names[0]]
+            fn = observed["fn"]
+            try:
+                mean = fn.mean
+            except (NotImplementedError, AttributeError) as error:
+                raise ValueError(
+                    f"observed site {names[0]!r} must have a mean, found {type(fn).__name__}"
+                ) from error
+            shape = fn.batch_shape + fn.event_shape
+            for values, value in ((x, observed["value"]), (x_hat, mean)):
+                values.append(self._to_points(value.expand(shape), observed, fn.event_dim))
+        return torch.cat(x), torch.cat(x_hat)
+
+    def aggregate(self) -> tuple[Tensor, Tensor]:
+        """Return samples of q(z) = E_x q(z|x), and as many of p(z): z of all points, not masked.
+
+        Returns:
+            ``(z, draws)``, each [M, d], M = S N.
+        """
+        z, draws = self.z, self.sample_prior()
+        if self.present is not None:
+            z, draws = z[:, self.present], draws[:, self.present]
+        return z.reshape(-1, z.shape[-1]), draws.reshape(-1, z.shape[-1])
+
+    @cached_property
+    def present(self) -> Tensor | None:
+        """Which data points a mask around the latents leaves [N], or None if it leaves all."""
+        masks = [self.pairs[0].model.nodes[name]["mask"] for name in self.latents]
+        if not isinstance(masks[0], Tensor) or any(mask is not masks[0] for mask in masks):
+            return None
+        site = self.pairs[0].model.nodes[self.latents[0]]
+        points = self._to_points(masks[0], site, 0)[0].reshape(self.num_points, -1)
+        return points.any(-1)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Average over particles and sum over the data set: values [S, N], or one for all.
+
+        The sum is over the whole data set, of which a minibatch is scaled up, as in Pyro's ELBOs.
+        """
+        values = values.expand(self.num_particles, self.num_points)
+        if self.present is not None:
+            values = values.where(self.present, values.new_zeros(()))
+        return (self.scale * values.mean(0)).sum()
+
+    # --- what a loss may ask for -----------------------------------------------------------------
+
+    def check_standard_normal(self, who: str) -> None:
+        """Raise a ValueError, in the name of ``who``, unless p(z) is a standard normal."""
+        for name in self.latents:
+            fn = self.pairs[0].model.nodes[name]["fn"]
+            if not is_standard_normal(fn):
+                raise ValueError(
+                    f"{who} needs a standard normal prior at site {name!r}, found {describe(fn)}"
+                )
+
+    def check_decomposes(self, who: str) -> None:
+        """Raise a ValueError, in the name of ``who``, unless log p(x, z) is a sum over points.
+
+        That is, unless no subsampled plate lies within the data plates: its scale would stand
+        inside a logarithm, and the value would not be a bound.
+        """
+        inner = {plate.name for plate in self.plates} | {PARTICLES}
+        for site in (*_samples(self.pairs[0].model), *self._guide_sites):
+            if site["is_observed"] and not self._is_data(site):
+                continue
+            for frame in site["cond_indep_stack"]:
+                if frame.name not in inner and frame.dim is not None and _subsampling(frame) != 1:
+                    raise ValueError(
+                        f"{who}: site {site['name']!r} lies in the subsampled plate "
+                        f"{frame.name!r} ({frame.size} of {frame.full_size}), which does not hold "
+                        "all latent sites; its scale would stand inside the logarithm. Expected "
+                        f"subsampling of {sorted(inner - {PARTICLES}) or 'no plate'} only"
+                    )
+
+    def nonfinite(self) -> list[str]:
+        """Name what is not finite: parameters, values and log densities of sites."""
+        return [found for pair in self.pairs for found in _nonfinite(pair)]
+
+    # --- shapes ----------------------------------------------------------------------------------
+
+    def _is_data(self, site: dict) -> bool:
+        """Say whether an observed site lies in all data plates."""
+        names = {frame.name for frame in site["cond_indep_stack"]}
+        return site["is_observed"] and names >= {plate.name for plate in self.plates}
+
+    @cached_property
+    def _common_factor(self) -> float | Tensor:
+        """What ``poutine.scale`` says of all sites alike: a number or [N]; 1 if they differ."""
+        sites = [s for s in _samples(self.pairs[0].model) if not s["is_observed"]]
+        sites += [s for s in _samples(self.pairs[0].model) if self._is_data(s)]
+        factors = [s["scale"] / self._plate_scale for s in (*sites, *self._guide_sites)]
+        if not all(_same(factor, factors[0]) for factor in factors[1:]):
+            return 1.0
+        factor = factors[0]
+        if not isinstance(factor, Tensor) or factor.dim() == 0:
+            return factor
+        points = self._to_points(factor, sites[0], 0)
+        if points[0].numel() != self.num_points:
+            return 1.0
+        return points[0].reshape(-1)
+
+    def _factor(self, site: dict) -> float | Tensor:
+        """Return the part of a site's scale that is its own."""
+        common = self._common_factor
+        if isinstance(common, Tensor) or not _is_one(common):
+            return 1.0  # all of it is in `scale`
+        return site["scale"] / self._plate_scale
+
+    def _zeros(self) -> Tensor:
+        value = next(iter(_samples(self.pairs[0].model)))["value"]
+        count = self.num_particles if len(self.pairs) == 1 else 1
+        dtype = value.dtype if value.is_floating_point() else None
+        return torch.zeros(count, self.num_points, dtype=dtype, device=value.device)
+
+    def _to_points(self, value: Tensor, site: dict, event_dim: int) -> Tensor:
+        """Bring the batch dimensions to [S, N, *plates within, *event]."""
+        batch = value.shape[: value.dim() - event_dim]
+        event = value.shape[value.dim() - event_dim :]
+        claimed = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+        kept = {plate.dim: int(plate.size) for plate in self.plates}
+        front = [] if self._particle_dim is None else [self._particle_dim]
+        sizes = [] if self._particle_dim is None else [self.num_particles]
+        front, sizes = front + list(kept), sizes + list(kept.values())
+        depth = max([len(batch), *(-dim for dim in front)])
+        value = value.reshape((1,) * (depth - len(batch)) + value.shape)
+        within = [d for d in range(-depth, 0) if d not in front]
+        shape = value.shape[:depth]
+        within = [d for d in within if d in claimed or shape[d] != 1]
+        dropped = [d for d in range(-depth, 0) if d not in front and d not in within]
+        order = [d + depth for d in (*front, *within, *dropped)]
+        value = value.permute(*order, *range(depth, value.dim()))
+        inner = [shape[d] for d in within]
+        value = value.reshape(*(shape[d] for d in front), *inner, *event)
+        value = value.expand(*sizes, *inner, *event)
+        count = 1 if self._particle_dim is None else self.num_particles
+        return value.reshape(count, self.num_points, *inner, *event)
+
+    def _to_particles(self, log_prob: Tensor) -> Tensor:
+        """Sum a log density over all but particles: [S]."""
+        dim = self._particle_dim
+        if dim is None or log_prob.dim() < -dim:
+            count = self.num_particles if dim is not None else 1
+            return log_prob.sum().expand(count)
+        return log_prob.transpose(0, dim).reshape(log_prob.shape[dim], -1).sum(-1)
+
+    def _density(self, site: dict) -> Tensor:
+        """Return a site's log density [S, N], with the scale that is its own."""
+        log_prob = _log_prob(site) * self._factor(site)
+        points = self._to_points(log_prob, site, 0)
+        return points.reshape(*points.shape[:2], -1).sum(-1)
+
+    def _log_density(self, chosen: Callable[[dict], bool]) -> Tensor:
+        def one(pair: TracePair) -> Tensor:
+            sites = (site for site in _samples(pair.model) if chosen(site))
+            return sum((self._density(site) for site in sites), self._zeros())
+
+        return torch.cat([one(pair) for pair in self.pairs])
+
+    def _unconstrained_vector(self, site: dict) -> Tensor:
+        fn, value = site["fn"], site["value"]
+        event_dim = fn.event_dim
+        value = value.expand(fn.batch_shape + fn.event_shape)
+        support = fn.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        if support not in (constraints.real, constraints.real_vector):
+            value = biject_to(fn.support).inv(value)
+        points = self._to_points(value, site, event_dim)
+        return points.reshape(*points.shape[:2], -1)
+
+    def _latent_vector(self, trace: poutine.Trace) -> Tensor:
+        return torch.cat([self._unconstrained_vector(trace.nodes[n]) for n in self.latents], -1)
+
+    @cached_property
+    def _kl_parts(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """KL by site [S, N, k] where in closed form, and (log q, log p) of the rest [S, N]."""
+        closed: dict[str, list[Tensor]] = {}
+        rest: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for pair in self.pairs:
+            in_guide = [n for n in pair.guide.stochastic_nodes if n in self.latents]
+            one_order = in_guide == list(self.latents)
+            log_q, log_p = self._zeros(), self._zeros()
+            for name in pair.guide.stochastic_nodes:
+                q = pair.guide.nodes[name]
+                p = pair.model.nodes.get(name)
+                kl = None
+                if self.analytic_kl and one_order and p is not None:
+                    kl = self._closed_form(q, p)
+                if kl is not None:
+                    closed.setdefault(name, []).append(kl)
+                    continue
+                log_q = log_q + self._density(q)
+                log_p = log_p if p is None else log_p + self._density(p)
+            rest[0].append(log_q)
+            rest[1].append(log_p)
+        parts = {name: torch.cat(values) for name, values in closed.items()}
+        return parts, (torch.cat(rest[0]), torch.cat(rest[1]))
+
+    def _closed_form(self, q: dict, p: dict) -> Tensor | None:
+        """Return KL(q ‖ p) of one site [S, N, k], or None where torch knows no closed form."""
+        if not (_same(q["scale"], p["scale"]) and q["mask"] is p["mask"]):
+            return None
+        kl = _kl_divergence(q["fn"], p["fn"])
+        if kl is None:
+            return None
+        event_dim = kl.dim() - len(q["fn"].batch_shape)
+        kl = kl * self._factor(q)
+        if q["mask"] is not None:
+            mask = torch.as_tensor(q["mask"], device=kl.device)
+            kl = kl.where(mask.reshape(mask.shape + (1,) * event_dim), kl.new_zeros(()))
+        points = self._to_points(kl, q, event_dim)
+        if event_dim == 0:
+            return points.reshape(*points.shape[:2], -1).sum(-1, keepdim=True)
+        return points.reshape(*points.shape[:2], -1)
+
+
+# --- sites ---------------------------------------------------------------------------------------
+
+
+def is_standard_normal(fn: Any) -> bool:
+    """Say whether a distribution is N(0, I), under whatever expands or masks it.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> is_standard_normal(dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        True
+        >>> is_standard_normal(dist.LogNormal(0.0, 1.0))
+        False
+    """
+    fn = _base(fn)
+    if isinstance(fn, Normal):
+        return bool((fn.loc == 0).all() and (fn.scale == 1).all())
+    if isinstance(fn, MultivariateNormal):
+        eye = torch.eye(fn.event_shape[0], dtype=fn.loc.dtype, device=fn.loc.device)
+        return bool((fn.loc == 0).all() and (fn.scale_tril == eye).all())
+    return False
+
+
+def describe(fn: Any) -> str:
+    """Name a distribution, with the parameters of a normal."""
+    base = _base(fn)
+    if isinstance(base, Normal):
+        return f"Normal with loc {_range(base.loc)} and scale {_range(base.scale)}"
+    return type(base).__name__
+
+
+def _range(value: Tensor) -> str:
+    low, high = float(value.min()), float(value.max())
+    return f"{low:g}" if low == high else f"{low:g} … {high:g}"
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _kl_divergence(q: Any, p: Any) -> Tensor | None:
+    """Return KL by coordinate [*batch, *event] where it splits so, else [*batch]; or None."""
+    if isinstance(_base(q), Delta):  # its registered KL leaves out the log density it carries
+        return None
+    if (
+        isinstance(q, Independent)
+        and isinstance(p, Independent)
+        and q.reinterpreted_batch_ndims == p.reinterpreted_batch_ndims
+    ):
+        q, p = q.base_dist, p.base_dist
+    if isinstance(q, MultivariateNormal) and isinstance(p, Independent) and p.event_dim == 1:
+        # torch knows it for two multivariate normals only
+        if isinstance(normal := p.base_dist, Normal):
+            scale_tril = normal.scale.diag_embed()
+            p = MultivariateNormal(normal.loc, scale_tril=scale_tril, validate_args=False)
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+def _samples(trace: poutine.Trace) -> Iterator[dict]:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and name not in ("_INPUT", "_RETURN"):
+            yield site
+
+
+def _observed(trace: poutine.Trace) -> Iterator[dict]:
+    for site in _samples(trace):
+        if site["is_observed"] and not site["infer"].get("_deterministic"):
+            yield site
+
+
+def _log_prob(site: dict) -> Tensor:
+    try:
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        raise ValueError(f"log density of site {site['name']!r}: {error}") from error
+    return scale_and_mask(log_prob, 1.0, site["mask"])
+
+
+def _like_log_prob(site: dict) -> Tensor:
+    """Return something of the shape of a site's log density, at no cost."""
+    fn, value = site["fn"], torch.as_tensor(site["value"])
+    batch = value.shape[: value.dim() - fn.event_dim]
+    return torch.empty(()).expand(torch.broadcast_shapes(fn.batch_shape, batch))
+
+
+def _subsampling(frame: Any) -> float:
+    return 1.0 if frame.full_size is None else frame.full_size / frame.size
+
+
+def _is_one(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) and value == 1
+
+
+def _same(a: float | Tensor, b: float | Tensor) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and abs(a - b) <= 1e-12 * abs(a)
+
+
+def _data_plates(latents: list[dict], guide_sites: list[dict]) -> list[Any]:
+    """Return the plates that hold every latent site, of model and guide, outermost first."""
+    plates = []
+    for frame in latents[0]["cond_indep_stack"]:
+        if not frame.vectorized or frame.name == PARTICLES:
+            continue
+        if not all(frame in site["cond_indep_stack"] for site in latents):
+            continue
+        others = [[f for f in s["cond_indep_stack"] if f.dim == frame.dim] for s in guide_sites]
+        if not all(others):
+            continue
+        for site, (other, *_) in zip(guide_sites, others, strict=True):
+            if (other.size, _subsampling(other)) != (frame.size, _subsampling(frame)):
+                raise ValueError(
+                    f"guide site {site['name']!r}: plate {other.name!r} is {other.size} of "
+                    f"{other.full_size}; expected {frame.size} of {frame.full_size}, as the "
+                    f"model's plate {frame.name!r}"
+                )
+        plates.append(frame)
+    return sorted(plates, key=lambda frame: frame.dim)
+
+
+def _check_match(pair: TracePair) -> None:
+    model, guide = set(pair.model.stochastic_nodes), set(pair.guide.stochastic_nodes)
+    if missing := sorted(model - guide):
+        raise ValueError(f"the guide must sample the model's latent sites {missing}; found none")
+    for name in sorted(guide - model):
+        if not pair.guide.nodes[name]["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"guide site {name!r} is no latent site of the model, which has {sorted(model)}; "
+                "expected infer={'is_auxiliary': True} if this is meant"
+            )
+    for name, site in pair.guide.iter_stochastic_nodes():
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"guide site {name!r} must be reparameterisable (have rsample), "
+                f"found {type(_base(site['fn'])).__name__}"
+            )
+
+
+def _nonfinite(pair: TracePair) -> Iterator[str]:
+    for owner, trace in (("guide", pair.guide), ("model", pair.model)):
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and not site["value"].isfinite().all():
+                yield f"parameter {name!r} of the {owner}"
+        for site in _samples(trace):
+            name = site["name"]
+            if not torch.as_tensor(site["value"]).isfinite().all():
+                yield f"the value of {owner} site {name!r}"
+            elif not site["fn"].log_prob(site["value"]).isfinite().all():
+                yield f"log_prob of {owner} site {name!r}"
