@@ -1,6 +1,7 @@
 """Inference networks: Pyro guides, installed as ``pyro_vae.guides``."""
 
-from .flow import AutoFlow
-from .implicit import AutoImplicit
+from .flow import AutoFlow, Flow
+from .gaussian import Gaussian
+from .implicit import AutoImplicit, Implicit
 
-__all__ = ["AutoFlow", "AutoImplicit"]
+__all__ = ["AutoFlow", "AutoImplicit", "Flow", "Gaussian", "Implicit"]

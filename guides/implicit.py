@@ -11,11 +11,20 @@ from pyro.nn.module import pyro_method
 from torch import Size, Tensor, nn
 
 from ..capture import UnconstrainedModel
-from ..nn import MLP, ResidualDiscriminator
-from ..ratios import AdaptiveContrast, Contrast, DensityRatio, ImplicitDistribution
+from ..nn import MLP, JointDiscriminator, NoiseBasis, ResidualDiscriminator
+from ..ratios import (
+    MIN_SCALE,
+    AdaptiveContrast,
+    Contrast,
+    DensityRatio,
+    ImplicitDistribution,
+    NormalContrast,
+    show_parameters,
+)
+from .amortized import Amortized, check_positive
 from .sampled import AutoSampled
 
-__all__ = ["AutoImplicit"]
+__all__ = ["AutoImplicit", "Implicit"]
 
 NUM_MOMENT_DRAWS = 4096  # for the adaptive contrast's first moments
 
@@ -43,6 +52,22 @@ class _Sampler(nn.Module):
     def forward(self, shape: Size) -> Tensor:
         noise = torch.randn(*shape, self.noise_dim, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + self.scale * self.network(noise)
+
+
+def check_widths(dim: int, widths: dict[str, int]) -> None:
+    """Raise a ValueError where a sampler's samples would lie on a surface."""
+    for name, width in widths.items():
+        if width < dim:
+            raise ValueError(
+                f"{name} must be at least the number of latents, or the guide has no density: "
+                f"found {width}, expected {dim} or more"
+            )
+
+
+def check_contrast(contrast: str) -> None:
+    """Raise a ValueError for an unknown contrast."""
+    if contrast not in ("adaptive", "prior"):
+        raise ValueError(f"contrast must be 'adaptive' or 'prior', found {contrast!r}")
 
 
 class PriorContrast(nn.Module):
@@ -124,8 +149,7 @@ class AutoImplicit(AutoSampled):
         init_loc_fn: Callable = init_to_finite_mean,
         init_scale: float = 1.0,
     ) -> None:
-        if contrast not in ("adaptive", "prior"):
-            raise ValueError(f"contrast must be 'adaptive' or 'prior', found {contrast!r}")
+        check_contrast(contrast)
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, found {init_scale}")
         super().__init__(model, init_loc_fn=init_loc_fn)
@@ -139,13 +163,9 @@ class AutoImplicit(AutoSampled):
     def _create_parameters(self, loc: Tensor, args: tuple, kwargs: dict) -> None:
         dim = self.latent_dim
         noise_dim = 2 * dim + 4 if self.noise_dim is None else self.noise_dim
-        widths = [("noise_dim", noise_dim), *(("hidden_dims", w) for w in self.hidden_dims)]
-        for name, width in widths:
-            if width < dim:
-                raise ValueError(
-                    f"{name} must be at least the number of latents, or the guide has no density: "
-                    f"found {width}, expected {dim} or more"
-                )
+        check_widths(
+            dim, {"noise_dim": noise_dim, "hidden_dims": min(self.hidden_dims, default=dim)}
+        )
         network = MLP(noise_dim, dim, self.hidden_dims)
         sampler = _Sampler(network, noise_dim, loc, self.init_scale).to(loc)
         contrast: Contrast
@@ -169,3 +189,171 @@ class AutoImplicit(AutoSampled):
         # past that, T's stay out of the guide's; `_log_ratio` shows them to the adversary.
         ratio: Any = self._modules["ratio"]
         return ImplicitDistribution(self.sampler, ratio, self.latent_dim, adversary=self._log_ratio)
+
+
+class Implicit(Amortized):
+    r"""Guide whose posterior is noise through a network, conditional on x: any shape.
+
+    .. math:: z = f(x, \varepsilon), \quad \varepsilon \sim N(0, I), \qquad
+        \log q(z \mid x) \approx T(x, \bar z) + \log r(z \mid x)
+
+    The noise enters
+
+    * behind the encoder, ``noise="features"``: f is a network on the features and ε;
+    * before it, ``"input"``: the encoder is given ε beside the elements of x;
+    * as a basis, ``"basis"``: :math:`z_k = \sum_i v_{i,k}(\varepsilon_i) a_{i,k}(x)` with small
+      networks v and with coefficients a linear in the features, so that the moments of q(z|x) are
+      known from those of v: :math:`E z_k = \sum_i E[v_{i,k}] a_{i,k}`,
+      :math:`\operatorname{Var} z_k = \sum_i \operatorname{Var}[v_{i,k}] a_{i,k}^2`.
+
+    The density is learned by a discriminator T(x, z) against a contrast r, so the guide works under
+    any loss, but the discriminator has to be trained beside it: by :func:`pyro_vae.fit`, or by an
+    ``SVI`` of its own with :meth:`pyro_vae.losses.AVB_ELBO.adversary`. T's parameters are in the
+    guide's ``state_dict``, and are shown to that player only.
+
+    See :class:`~pyro_vae.guides.amortized.Amortized` for how minibatches scale and where the
+    parameters live.
+
+    Args:
+        encoder: Takes x [N, \*event] to features [N, h]; with ``noise="input"``, rows
+            [N, x_dim + noise_dim].
+        latent_dim: Size d of z.
+        noise: Where the noise enters: ``"features"``, ``"input"`` or ``"basis"``.
+        noise_dim: Size of ε; 2d + 4 by default. For a basis, the size of each
+            :math:`\varepsilon_i`; 4 by default.
+        hidden_dims: Widths of the network on features and noise.
+        num_basis: Number of basis vectors.
+        contrast: ``"adaptive"``, a Gaussian for each x with the moments of q(z|x) (Algorithm 2), or
+            ``"prior"``, N(0, I) (Algorithm 1). No gradient passes through the moments.
+        num_moment_particles: Draws for the moments, in each call: of z for each x, 64 by default;
+            of v for a basis, 1024 by default.
+        discriminator: T, a module x [N, \*event], z [\*, N, d] → [\*, N]; by default a
+            :class:`~pyro_vae.nn.JointDiscriminator` with two layers of 256, whose x_dim is that of
+            the encoder's first linear layer.
+        **kwargs: ``num_features``, ``site``, ``plate``, ``size``, ``subsample_size``, as in
+            :class:`~pyro_vae.guides.amortized.Amortized`.
+
+    Raises:
+        ValueError: For an unknown noise or contrast; for too little noise; if no discriminator is
+            given and the encoder does not start with a linear layer.
+
+    References:
+        | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), algorithms 1 and 2,
+        | equations III.1 to III.3
+        | https://arxiv.org/abs/1701.04722
+
+    Example:
+        >>> guide = Implicit(MLP(64, 32), 2)
+        >>> x = torch.randn(10, 64)
+        >>> guide(x)["z"].shape
+        torch.Size([10, 2])
+        >>> q = guide.get_posterior(x)
+        >>> q.log_prob(q.rsample((5,))).shape
+        torch.Size([5, 10])
+    """
+
+    discriminator: nn.Module
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        latent_dim: int,
+        *,
+        noise: Literal["features", "input", "basis"] = "features",
+        noise_dim: int | None = None,
+        hidden_dims: tuple[int, ...] = (128, 128),
+        num_basis: int = 16,
+        contrast: Literal["adaptive", "prior"] = "adaptive",
+        num_moment_particles: int | None = None,
+        discriminator: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(encoder, latent_dim, **kwargs)
+        check_contrast(contrast)
+        if noise not in ("features", "input", "basis"):
+            raise ValueError(f"noise must be 'features', 'input' or 'basis', found {noise!r}")
+        if noise_dim is None:
+            noise_dim = 4 if noise == "basis" else 2 * latent_dim + 4
+        if num_moment_particles is None:
+            num_moment_particles = 1024 if noise == "basis" else 64
+        check_positive(noise_dim=noise_dim, num_basis=num_basis)
+        if num_moment_particles < 2:
+            raise ValueError(
+                f"num_moment_particles must be at least 2, found {num_moment_particles}"
+            )
+        h, d = self.num_features, latent_dim
+        if noise == "features":
+            check_widths(d, {"noise_dim": noise_dim, "hidden_dims": min(hidden_dims, default=d)})
+            self.head: nn.Module = MLP(h + noise_dim, d, hidden_dims)
+        elif noise == "input":
+            check_widths(d, {"noise_dim": noise_dim, "num_features": h})
+            self.head = nn.Linear(h, d)
+        else:
+            check_widths(d, {"num_basis · noise_dim": num_basis * noise_dim})
+            self.head = nn.Linear(h, num_basis * d)
+            self.basis = NoiseBasis(num_basis, d, noise_dim)
+        if discriminator is None:
+            x_dim = _input_width(encoder) - (noise_dim if noise == "input" else 0)
+            discriminator = JointDiscriminator(x_dim, d, (256, 256))
+        self.noise = noise
+        self.noise_dim = noise_dim
+        self.num_basis = num_basis
+        self.contrast = contrast
+        self.num_moment_particles = num_moment_particles
+        self.discriminator = discriminator
+
+    def get_posterior(self, x: Tensor, *args: Any, **kwargs: Any) -> ImplicitDistribution:
+        """Return q(z|x), with batch shape [N] and event shape [d]; its density is learned."""
+        if self.noise == "basis":
+            features = self._features(x, *args, **kwargs)
+            weights = self.head(features).unflatten(-1, (self.num_basis, self.latent_dim))
+
+            def sampler(shape: Size) -> Tensor:
+                return (self.basis(shape) * weights).sum(-2)
+
+            def moments() -> tuple[Tensor, Tensor]:
+                var, mean = torch.var_mean(self.basis((self.num_moment_particles,)), 0)
+                return (mean * weights).sum(-2), (var * weights.square()).sum(-2)
+        else:
+            rows = x.flatten(1) if self.noise == "input" else self._features(x, *args, **kwargs)
+
+            def sampler(shape: Size) -> Tensor:
+                noise = torch.randn(*shape, self.noise_dim, dtype=rows.dtype, device=rows.device)
+                inputs = torch.cat([rows.expand(*shape, rows.shape[-1]), noise], -1)
+                if self.noise == "input":  # the encoder knows one batch dimension
+                    inputs = self._features(inputs.flatten(0, -2), *args, **kwargs)
+                return self.head(inputs).reshape(*shape, self.latent_dim)
+
+            def moments() -> tuple[Tensor, Tensor]:
+                draws = sampler(Size((self.num_moment_particles, len(x))))
+                var, mean = torch.var_mean(draws, 0)
+                return mean, var
+
+        with torch.no_grad():
+            if self.contrast == "adaptive":
+                loc, var = moments()
+            else:
+                loc = next(self.head.parameters()).new_zeros(self.latent_dim)
+                var = loc + 1
+        # A guide that collapses to a point must leave a density.
+        contrast = NormalContrast(loc, var.sqrt().clamp(min=MIN_SCALE))
+        ratio = DensityRatio(self.discriminator, contrast, context=(x,))
+
+        def adversary(z: Tensor) -> Tensor:
+            show_parameters(self.discriminator)
+            return ratio(z)
+
+        return ImplicitDistribution(sampler, ratio, self.latent_dim, (len(x),), adversary)
+
+
+def _input_width(encoder: nn.Module) -> int:
+    """Return the size of the rows that the encoder takes, from its first layer with weights."""
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+        if next(layer.parameters(recurse=False), None) is not None:
+            break
+    raise ValueError(
+        f"discriminator must be given: found that the encoder, a {type(encoder).__name__}, does "
+        "not start with a linear layer that says how many elements x has"
+    )

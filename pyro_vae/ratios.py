@@ -23,6 +23,7 @@ __all__ = [
     "Contrast",
     "DensityRatio",
     "ImplicitDistribution",
+    "NormalContrast",
     "f_divergence_loss",
     "implicit_distributions",
     "logistic_loss",
@@ -93,7 +94,59 @@ class Contrast(Protocol):
         """Move r towards samples z [n, d] of q."""
 
 
-class AdaptiveContrast(nn.Module):
+class NormalContrast(nn.Module):
+    r"""Contrast with a normal distribution whose moments are known, r = N(μ, diag σ²).
+
+    With moments for each x, :math:`r(z \mid x) = N(\mu(x), \operatorname{diag} \sigma^2(x))`, this
+    is the contrast of one minibatch under an amortised guide; with μ = 0 and σ = 1 it is the usual
+    prior. The network is given z̄ = (z − μ)/σ. No gradient passes through μ and σ.
+
+    Args:
+        loc: μ [d], or [N, d] for r(z|x).
+        scale: σ, of the same shape.
+
+    References:
+        | Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), algorithms 1 and 2
+        | https://arxiv.org/abs/1701.04722
+
+    Example:
+        >>> contrast = NormalContrast(torch.zeros(5, 2), torch.ones(5, 2))
+        >>> z = contrast.sample(Size((3, 5)))
+        >>> z.shape, contrast.log_prob(z).shape
+        (torch.Size([3, 5, 2]), torch.Size([3, 5]))
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("loc", loc.detach())
+        self.register_buffer("scale", scale.detach())
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log r(z) = −½‖z̄‖² − Σ log σ − (d/2) log 2π, z [*, d] → [*]."""
+        return Independent(Normal(self.loc, self.scale, validate_args=False), 1).log_prob(z)
+
+    def sample(self, sample_shape: Size) -> Tensor:
+        """Draw [*sample_shape, d] from r; for r(z|x) the last of ``sample_shape`` is N."""
+        shape = (*sample_shape, self.loc.shape[-1])
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.scale * noise
+
+    def standardize(self, z: Tensor) -> Tensor:
+        """Return z̄ = (z − μ)/σ."""
+        return (z - self.loc) / self.scale
+
+    def adapt(self, z: Tensor) -> None:
+        """Leave the moments alone."""
+
+    def extra_repr(self) -> str:
+        """Return what the module's repr shows."""
+        return f"dim={self.loc.shape[-1]}"
+
+
+class AdaptiveContrast(NormalContrast):
     r"""Contrast with a normal distribution that has the guide's moments: r = N(μ, diag σ²).
 
     The discriminator then only learns how the guide differs from a Gaussian, which is far less
@@ -116,32 +169,12 @@ class AdaptiveContrast(nn.Module):
         (tensor([3., 3.]), tensor([2., 2.]))
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, loc: Tensor, scale: Tensor, decay: float = 0.9) -> None:
-        super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), found {decay}")
+        super().__init__(loc.clone(), scale.clone())
         self.decay = decay
-        self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer("scale", scale.detach().clone())
         self.min_scale = MIN_SCALE * float(scale.min())
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return log r(z) = −½‖z̄‖² − Σ log σ − (d/2) log 2π, z [*, d] → [*]."""
-        return Independent(Normal(self.loc, self.scale, validate_args=False), 1).log_prob(z)
-
-    def sample(self, sample_shape: Size) -> Tensor:
-        """Draw [*sample_shape, d] from r."""
-        noise = torch.randn(
-            *sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
-        )
-        return self.loc + self.scale * noise
-
-    def standardize(self, z: Tensor) -> Tensor:
-        """Return z̄ = (z − μ)/σ."""
-        return (z - self.loc) / self.scale
 
     @torch.no_grad()
     def adapt(self, z: Tensor) -> None:
@@ -168,8 +201,10 @@ class DensityRatio(nn.Module):
     r"""Estimate log q(z) − log r(z) by a network that tells samples of q from samples of r.
 
     Args:
-        network: T, a module [\*, d] → [\*].
+        network: T, a module [\*, d] → [\*]; given a context, one of the context and z.
         contrast: r.
+        context: What T is given before z: ``(x,)`` for T(x, z), where q and r are those of z given
+            x. No gradient reaches it.
 
     Example:
         >>> contrast = AdaptiveContrast(torch.zeros(2), torch.ones(2))
@@ -178,23 +213,27 @@ class DensityRatio(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(self, network: nn.Module, contrast: Contrast) -> None:
+    def __init__(
+        self, network: nn.Module, contrast: Contrast, context: tuple[Tensor, ...] = ()
+    ) -> None:
         super().__init__()
         self.network = network
         self.contrast = contrast
+        self.context = tuple(value.detach() for value in context)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return T(z̄); gradients reach T's weights and z."""
-        return self.network(self.contrast.standardize(z))
+        """Return T(z̄) or T(x, z̄); gradients reach T's weights and z."""
+        return self.network(*self.context, self.contrast.standardize(z))
 
     def frozen(self, z: Tensor) -> Tensor:
-        """Return T(z̄); gradients reach z alone.
+        """Return T(z̄) or T(x, z̄); gradients reach z alone.
 
         E_q ∇_φ T* = 0 for the guide's parameters φ (Proposition 2 of the paper), so T's weights
         are held fixed in the guide's and the model's loss.
         """
         weights = {name: weight.detach() for name, weight in self.network.named_parameters()}
-        return torch.func.functional_call(self.network, weights, self.contrast.standardize(z))
+        inputs = (*self.context, self.contrast.standardize(z))
+        return torch.func.functional_call(self.network, weights, inputs)
 
 
 class ImplicitDistribution(TorchDistribution):
@@ -296,7 +335,7 @@ def implicit_distributions(trace: Trace) -> Iterator[ImplicitDistribution]:
             yield fn
 
 
-def show_parameters(module: nn.Module) -> None:
+def show_parameters(module: nn.Module, without: nn.Module | None = None) -> None:
     """Tell whoever listens, ``SVI`` or ``fit``, that a module's parameters are in play.
 
     As ``pyro.module`` does, but without the global parameter store, where a second module of the
@@ -305,6 +344,7 @@ def show_parameters(module: nn.Module) -> None:
 
     Args:
         module: A module, such as the discriminator that an adversary's loss trains.
+        without: A module in it whose parameters are another player's.
 
     Example:
         >>> import pyro.poutine as poutine
@@ -314,7 +354,10 @@ def show_parameters(module: nn.Module) -> None:
         2
     """
     owner = f"{type(module).__name__}_{id(module):x}"
+    hidden = set() if without is None else set(without.parameters())
     for name, parameter in module.named_parameters():
+        if parameter in hidden:
+            continue
         _show(parameter, name=f"{owner}.{name}")
 
 

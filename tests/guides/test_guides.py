@@ -111,7 +111,10 @@ def learned(name):
 
 
 def test_every_guide_is_tested():
-    assert {name.split("-")[0] for name in GUIDES} == set(guides.__all__)
+    """The amortised ones in test_amortized.py."""
+    assert {name.split("-")[0] for name in GUIDES} == {
+        name for name in guides.__all__ if name.startswith("Auto")
+    }
 
 
 def test_call_returns_the_sites(guide, model, x):
