@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .ratios import implicit_distributions
+from .terms import NonFiniteError
 
 __all__ = [
     "FitResult",
@@ -38,10 +39,6 @@ Schedule = Callable[[float], float]
 # β₁ = 0.5 as in the Eight Schools notebook of the AVB paper's authors: the players chase each
 # other, and momentum lags.
 ADVERSARIAL_BETAS = (0.5, 0.999)
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient was not finite; the parameters are those of the last good step."""
 
 
 class FitResult(NamedTuple):
@@ -182,7 +179,8 @@ def fit(
     if not 0 <= average < 1:
         raise ValueError(f"average must be in [0, 1), found {average}")
     adversary = None
-    if has_learned_density(guide, *args, **kwargs):
+    learned = has_learned_density(guide, *args, **kwargs)
+    if learned or getattr(loss, "needs_adversary", False):
         adversary = getattr(loss, "adversary", None)
         if adversary is None:
             raise ValueError(

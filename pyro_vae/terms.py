@@ -158,7 +158,7 @@ class Terms:
 
     @cached_property
     def log_likelihood(self) -> Tensor:
-        """log p(x|z) [S, N], over all observed sites in the data plates."""
+        """Log p(x|z) [S, N], over all observed sites in the data plates."""
         return self._log_density(self._is_data)
 
     @cached_property
@@ -177,12 +177,12 @@ class Terms:
 
     @cached_property
     def log_prior(self) -> Tensor:
-        """log p(z) [S, N], over all latent sites."""
+        """Log p(z) [S, N], over all latent sites."""
         return self._log_density(lambda site: not site["is_observed"])
 
     @cached_property
     def log_guide(self) -> Tensor:
-        """log q(z|x) [S, N], over all latent sites, those of the guide alone included."""
+        """Log q(z|x) [S, N], over all latent sites, those of the guide alone included."""
 
         def one(pair: TracePair) -> Tensor:
             sites = (pair.guide.nodes[name] for name in pair.guide.stochastic_nodes)
@@ -209,7 +209,7 @@ class Terms:
 
     @cached_property
     def log_weight(self) -> Tensor:
-        """log p(x, z) − log q(z|x) [S, N], the importance weights."""
+        """Log p(x, z) − log q(z|x) [S, N], the importance weights."""
         return self.log_likelihood + self.log_prior - self.log_guide
 
     @cached_property
@@ -287,6 +287,12 @@ class Terms:
         points = self._to_points(masks[0], site, 0)[0].reshape(self.num_points, -1)
         return points.any(-1)
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Average over particles and the data points at hand: values [S, N, *] → [*]."""
+        if self.present is not None:
+            values = values[:, self.present]
+        return values.mean((0, 1))
+
     def total(self, values: Tensor) -> Tensor:
         """Average over particles and sum over the data set: values [S, N], or one for all.
 
@@ -311,9 +317,16 @@ class Terms:
     def check_decomposes(self, who: str) -> None:
         """Raise a ValueError, in the name of ``who``, unless log p(x, z) is a sum over points.
 
-        That is, unless no subsampled plate lies within the data plates: its scale would stand
-        inside a logarithm, and the value would not be a bound.
+        So that a logarithm may be taken of each point's average over particles. Two things stand
+        against it: a subsampled plate within the data plates, whose scale would stand inside the
+        logarithm, and an observed site outside them that depends on the latents.
         """
+        if not (self.shared == self.shared[0]).all():
+            names = [s["name"] for s in _observed(self.pairs[0].model) if not self._is_data(s)]
+            raise ValueError(
+                f"{who}: the observed sites {names} lie outside the plates that hold all latent "
+                "sites and depend on them; expected observations of single data points there"
+            )
         inner = {plate.name for plate in self.plates} | {PARTICLES}
         for site in (*_samples(self.pairs[0].model), *self._guide_sites):
             if site["is_observed"] and not self._is_data(site):
@@ -369,26 +382,27 @@ class Terms:
 
     def _to_points(self, value: Tensor, site: dict, event_dim: int) -> Tensor:
         """Bring the batch dimensions to [S, N, *plates within, *event]."""
-        batch = value.shape[: value.dim() - event_dim]
-        event = value.shape[value.dim() - event_dim :]
-        claimed = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
-        kept = {plate.dim: int(plate.size) for plate in self.plates}
-        front = [] if self._particle_dim is None else [self._particle_dim]
-        sizes = [] if self._particle_dim is None else [self.num_particles]
-        front, sizes = front + list(kept), sizes + list(kept.values())
+        batch = list(value.shape[: value.dim() - event_dim])
+        event = list(value.shape[value.dim() - event_dim :])
+        front = {plate.dim: int(plate.size) for plate in self.plates}
+        if self._particle_dim is not None:
+            front = {self._particle_dim: self.num_particles, **front}
         depth = max([len(batch), *(-dim for dim in front)])
-        value = value.reshape((1,) * (depth - len(batch)) + value.shape)
-        within = [d for d in range(-depth, 0) if d not in front]
-        shape = value.shape[:depth]
-        within = [d for d in within if d in claimed or shape[d] != 1]
-        dropped = [d for d in range(-depth, 0) if d not in front and d not in within]
-        order = [d + depth for d in (*front, *within, *dropped)]
-        value = value.permute(*order, *range(depth, value.dim()))
-        inner = [shape[d] for d in within]
-        value = value.reshape(*(shape[d] for d in front), *inner, *event)
-        value = value.expand(*sizes, *inner, *event)
+        batch = [1] * (depth - len(batch)) + batch
+        claimed = {frame.dim for frame in site["cond_indep_stack"]}
+        # What neither a plate claims nor is larger than 1 vanishes.
+        within = [
+            dim
+            for dim in range(-depth, 0)
+            if dim not in front and (dim in claimed or batch[dim] > 1)
+        ]
+        order = [dim + depth for dim in (*front, *within)]
+        value = value.reshape(batch + event).movedim(order, list(range(len(order))))
+        rest = [batch[dim] for dim in within] + event
+        value = value.reshape([batch[dim] for dim in front] + rest)
+        value = value.expand([*front.values(), *rest])
         count = 1 if self._particle_dim is None else self.num_particles
-        return value.reshape(count, self.num_points, *inner, *event)
+        return value.reshape([count, self.num_points, *rest])
 
     def _to_particles(self, log_prob: Tensor) -> Tensor:
         """Sum a log density over all but particles: [S]."""
@@ -520,11 +534,14 @@ def _kl_divergence(q: Any, p: Any) -> Tensor | None:
         and q.reinterpreted_batch_ndims == p.reinterpreted_batch_ndims
     ):
         q, p = q.base_dist, p.base_dist
-    if isinstance(q, MultivariateNormal) and isinstance(p, Independent) and p.event_dim == 1:
-        # torch knows it for two multivariate normals only
-        if isinstance(normal := p.base_dist, Normal):
-            scale_tril = normal.scale.diag_embed()
-            p = MultivariateNormal(normal.loc, scale_tril=scale_tril, validate_args=False)
+    if (
+        isinstance(q, MultivariateNormal)
+        and isinstance(p, Independent)
+        and isinstance(normal := p.base_dist, Normal)
+        and p.reinterpreted_batch_ndims == 1
+    ):  # torch knows it for two multivariate normals only
+        scale_tril = normal.scale.diag_embed()
+        p = MultivariateNormal(normal.loc, scale_tril=scale_tril, validate_args=False)
     try:
         return kl_divergence(q, p)
     except NotImplementedError:

@@ -1,0 +1,141 @@
+"""GECO (Rezende, Viola, 2018): minimise the KL under constraints on the reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..constraints import ReconstructionError
+from ..terms import Terms
+from .base import TermsELBO
+
+__all__ = ["GECO_ELBO"]
+
+Constraint = Callable[[Tensor, Tensor], Tensor]
+
+
+class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
+    r"""Minimise the KL subject to constraints E C(x, x̂) ≤ 0, by multipliers that adapt.
+
+    .. math:: \mathrm{KL}(q(z|x) \| p(z)) + \sum_l \lambda_l \, C_l, \quad
+        C_l = \hat C_l + \mathrm{sg}[\bar C_l - \hat C_l]
+
+    summed over the data set: x̂ is the mean of the observed site, Ĉ a constraint's average over the
+    minibatch, C̄ its moving average, sg holds gradients. After each step
+
+    .. math:: \bar C \leftarrow a \bar C + (1 - a) \hat C, \qquad
+        \lambda \leftarrow \lambda \exp(\nu \bar C)
+
+    λ and C̄ are buffers: saved, restored and moved with the loss. 1/λ is the equivalent β. The
+    observation's own distribution takes no part but for its mean.
+
+    Args:
+        constraint: A callable of x and x̂, [M, \*shape] each, to values [M], at most 0 where
+            satisfied; or a mapping from names to such. See :mod:`pyro_vae.constraints`.
+            :class:`~pyro_vae.constraints.ReconstructionError` by default.
+        tolerance: κ of the default constraint, a root mean square per element; with another
+            constraint, what it may reach, subtracted from it.
+        decay: a.
+        rate: ν, for C̄ per element of 0.01 or so; take less for larger values.
+        bounds: The range in which λ is kept.
+        site: The observed site's name; needed only where there are several.
+        **kwargs: Those of :class:`~pyro_vae.losses.TermsELBO`.
+
+    Raises:
+        ValueError: For a decay not in [0, 1), a rate or bounds that are not positive, neither
+            constraint nor tolerance. On use: for a constraint whose values are not one a data
+            point, an observed site without a mean, several without ``site``.
+
+    References:
+        | Taming VAEs (Rezende, Viola, 2018), equation 3 and algorithm 1
+        | https://arxiv.org/abs/1810.00597
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x, 0.5).to_event(1))
+        >>> elbo = GECO_ELBO(tolerance=0.1)
+        >>> loss = elbo(model, guide)(torch.randn(64, 2))
+        >>> elbo.multipliers > 1  # the error is 0.5, more than is tolerated
+        tensor([True])
+    """
+
+    multipliers: Tensor
+    moving_averages: Tensor
+    num_steps: Tensor
+
+    def __init__(
+        self,
+        constraint: Constraint | Mapping[str, Constraint] | None = None,
+        tolerance: float | None = None,
+        *,
+        decay: float = 0.99,
+        rate: float = 1.0,
+        bounds: tuple[float, float] = (1e-6, 1e6),
+        site: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if constraint is None:
+            if tolerance is None:
+                raise ValueError("expected a constraint or a tolerance, found neither")
+            constraint, tolerance = ReconstructionError(tolerance), None
+        if not isinstance(constraint, Mapping):
+            constraint = {"constraint": constraint}
+        if not constraint:
+            raise ValueError("expected at least one constraint, found none")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), found {decay}")
+        if not rate > 0:
+            raise ValueError(f"rate must be positive, found {rate}")
+        if not 0 < bounds[0] <= 1 <= bounds[1]:
+            raise ValueError(f"bounds must be positive and hold 1, where λ starts, found {bounds}")
+        super().__init__(**kwargs)
+        self.constraints = dict(constraint)
+        # those that are modules are ours too: saved and moved with the loss
+        modules = {n: c for n, c in constraint.items() if isinstance(c, nn.Module)}
+        self.constraint_modules = nn.ModuleDict(modules)
+        self.tolerance = 0.0 if tolerance is None else tolerance
+        self.decay, self.rate, self.bounds, self.site = decay, rate, bounds, site
+        ones = torch.ones(len(constraint), dtype=torch.float64)
+        self.register_buffer("multipliers", ones)
+        self.register_buffer("moving_averages", 0 * ones)
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    def formula(self, terms: Terms) -> Tensor:
+        """Return the Lagrangian at the present multipliers."""
+        constrained = torch.zeros_like(terms.kl)
+        averages = []
+        for i, (name, constraint) in enumerate(self.constraints.items()):
+            c = self._values(terms, name, constraint)  # [S, N]
+            c_hat = terms.mean(c).detach()
+            c_bar = self.moving_averages[i].lerp(c_hat.to(self.moving_averages), 1 - self.decay)
+            c_bar = torch.where(self.num_steps == 0, c_hat.to(c_bar), c_bar)  # C̄⁰ = Ĉ⁰
+            averages.append(c_bar)
+            constrained = constrained + self.multipliers[i] * (c + (c_bar - c_hat))
+        self._averages = torch.stack(averages)
+        return terms.total(terms.kl + constrained)
+
+    def advance(self, terms: Terms) -> None:
+        """Move the averages and the multipliers."""
+        self.moving_averages = self._averages
+        grown = self.multipliers * (self.rate * self.moving_averages).exp()
+        self.multipliers = grown.clamp(*self.bounds)
+        self.num_steps = self.num_steps + 1
+
+    def _values(self, terms: Terms, name: str, constraint: Constraint) -> Tensor:
+        x, x_hat = (value.flatten(0, 1) for value in terms.reconstruction(self.site))
+        values = constraint(x, x_hat)
+        if values.shape != x.shape[:1]:
+            raise ValueError(
+                f"constraint {name!r} must give one value a data point: found the shape "
+                f"{list(values.shape)}, expected {[len(x)]}"
+            )
+        return (values - self.tolerance).reshape(terms.num_particles, terms.num_points)
