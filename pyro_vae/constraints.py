@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot, pad, softmax, unfold
+from torch.nn.functional import normalize, pad, softmax, unfold
 
 __all__ = [
     "ClassificationAccuracy",
@@ -74,9 +74,9 @@ class FeatureReconstructionError(nn.Module):
 
     .. math:: C(x, \hat x) = \| f(x) - f(\hat x) \|^2 - \kappa^2
 
-    f may be layers of a trained classifier, or local statistics of an image. It stays as it is:
-    its weights are held fixed and it is kept in evaluation mode, while the gradient goes through
-    f to x̂.
+    f may be layers of a trained classifier, or local statistics of an image. A module stays as it
+    is: its weights are held fixed and it is kept in evaluation mode, while the gradient goes
+    through it to x̂.
 
     Args:
         features: f, a module or callable [M, \*event] → [M, \*feature].
@@ -134,8 +134,8 @@ class ClassificationAccuracy(nn.Module):
     probability that the right class is to get on average: a soft accuracy. The paper prints the
     opposite sign, lᵀc − κ ≤ 0, which would ask for an accuracy of *at most* κ.
 
-    The classifier's weights are held fixed and it is kept in evaluation mode; the gradient goes
-    through it to x̂.
+    A module's weights are held fixed and it is kept in evaluation mode; the gradient goes through
+    it to x̂.
 
     Args:
         classifier: A module or callable [M, \*event] → [M, K], whose *logits* it returns; log
@@ -191,15 +191,17 @@ class ClassificationAccuracy(nn.Module):
     @torch.no_grad()
     def _labels(self, x: Tensor, logits: Tensor) -> Tensor:
         labels = self.classifier(x).argmax(-1) if self.labels is None else self.labels(x)
-        num_classes = logits.shape[1]
         if labels.shape == logits.shape:
-            return labels.to(logits)
+            return labels.detach().to(logits)
         if labels.shape != logits.shape[:1] or labels.is_floating_point():
             raise ValueError(
                 f"labels must return integers [{len(x)}] or one-hot labels {list(logits.shape)}: "
                 f"found {labels.dtype} {list(labels.shape)}"
             )
-        return one_hot(labels.long(), num_classes).to(logits)
+        classes = torch.arange(logits.shape[1], device=labels.device)
+        labels = labels[:, None] == classes
+        _check_labels(labels)
+        return labels.to(logits)
 
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
@@ -333,6 +335,20 @@ class _Fixed(nn.Module):
             return self.function(x)
         weights = {k: v.detach() for k, v in self.function.named_parameters()}
         return torch.func.functional_call(self.function, weights, x)
+
+
+def _check_labels(one_hot: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    try:
+        bad = int((~one_hot.any(1)).sum())
+    except RuntimeError:  # being captured: no value is known yet
+        return
+    if bad:
+        raise ValueError(
+            f"labels must be from 0 to {one_hot.shape[1] - 1}, one for each logit: "
+            f"{bad} of {len(one_hot)} are not"
+        )
 
 
 def _squared_error(a: Tensor, b: Tensor, per: str) -> Tensor:
