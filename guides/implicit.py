@@ -225,8 +225,8 @@ class Implicit(Amortized):
         num_basis: Number of basis vectors.
         contrast: ``"adaptive"``, a Gaussian for each x with the moments of q(z|x) (Algorithm 2), or
             ``"prior"``, N(0, I) (Algorithm 1). No gradient passes through the moments.
-        num_moment_particles: Draws for the moments, in each call: of z for each x, 64 by default;
-            of v for a basis, 1024 by default.
+        num_moment_particles: Number of noise vectors, always the same ones, that give the contrast
+            its moments: those of z for each x, or of v for a basis.
         discriminator: T, a module x [N, \*event], z [\*, N, d] → [\*, N]; by default a
             :class:`~pyro_vae.nn.JointDiscriminator` with two layers of 256, whose x_dim is that of
             the encoder's first linear layer.
@@ -253,6 +253,7 @@ class Implicit(Amortized):
     """
 
     discriminator: nn.Module
+    moment_noise: Tensor
 
     def __init__(
         self,
@@ -264,7 +265,7 @@ class Implicit(Amortized):
         hidden_dims: tuple[int, ...] = (128, 128),
         num_basis: int = 16,
         contrast: Literal["adaptive", "prior"] = "adaptive",
-        num_moment_particles: int | None = None,
+        num_moment_particles: int = 32,
         discriminator: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
@@ -274,12 +275,10 @@ class Implicit(Amortized):
             raise ValueError(f"noise must be 'features', 'input' or 'basis', found {noise!r}")
         if noise_dim is None:
             noise_dim = 4 if noise == "basis" else 2 * latent_dim + 4
-        if num_moment_particles is None:
-            num_moment_particles = 1024 if noise == "basis" else 64
         check_positive(noise_dim=noise_dim, num_basis=num_basis)
-        if num_moment_particles < 2:
+        if num_moment_particles < 2 or num_moment_particles % 2:
             raise ValueError(
-                f"num_moment_particles must be at least 2, found {num_moment_particles}"
+                f"num_moment_particles must be even and positive, found {num_moment_particles}"
             )
         h, d = self.num_features, latent_dim
         if noise == "features":
@@ -292,52 +291,58 @@ class Implicit(Amortized):
             check_widths(d, {"num_basis · noise_dim": num_basis * noise_dim})
             self.head = nn.Linear(h, num_basis * d)
             self.basis = NoiseBasis(num_basis, d, noise_dim)
+        width = noise_dim * (num_basis if noise == "basis" else 1)
+        x_dim = _input_width(encoder)
+        if x_dim is not None and noise == "input":
+            x_dim -= noise_dim
+            if x_dim < 1:
+                raise ValueError(
+                    "with noise='input' the encoder takes x and the noise: found an encoder of "
+                    f"{x_dim + noise_dim} inputs, expected more than noise_dim={noise_dim}"
+                )
         if discriminator is None:
-            x_dim = _input_width(encoder) - (noise_dim if noise == "input" else 0)
+            if x_dim is None:
+                raise ValueError(
+                    f"discriminator must be given: found that the encoder, a "
+                    f"{type(encoder).__name__}, does not start with a linear layer that says how "
+                    "many elements x has"
+                )
             discriminator = JointDiscriminator(x_dim, d, (256, 256))
+        self.x_dim = x_dim
         self.noise = noise
-        self.noise_dim = noise_dim
-        self.num_basis = num_basis
         self.contrast = contrast
-        self.num_moment_particles = num_moment_particles
         self.discriminator = discriminator
+        # Antithetic and of unit variance: exact for a sampler that is linear in the noise.
+        half = torch.randn(num_moment_particles // 2, width)
+        half = half / half.square().mean(0).sqrt()
+        self.register_buffer("moment_noise", torch.cat([half, -half]))
 
     def get_posterior(self, x: Tensor, *args: Any, **kwargs: Any) -> ImplicitDistribution:
         """Return q(z|x), with batch shape [N] and event shape [d]; its density is learned."""
-        if self.noise == "basis":
-            features = self._features(x, *args, **kwargs)
-            weights = self.head(features).unflatten(-1, (self.num_basis, self.latent_dim))
-
-            def sampler(shape: Size) -> Tensor:
-                return (self.basis(shape) * weights).sum(-2)
-
-            def moments() -> tuple[Tensor, Tensor]:
-                var, mean = torch.var_mean(self.basis((self.num_moment_particles,)), 0)
-                return (mean * weights).sum(-2), (var * weights.square()).sum(-2)
+        if self.noise == "input":
+            rows = x.flatten(1)
+            if self.x_dim not in (None, rows.shape[1]):
+                raise ValueError(
+                    f"with noise='input' the encoder takes x and the noise: found {rows.shape[1]} "
+                    f"elements of x, expected {self.x_dim}, the encoder's inputs less noise_dim"
+                )
         else:
-            rows = x.flatten(1) if self.noise == "input" else self._features(x, *args, **kwargs)
+            rows = self._features(x, *args, **kwargs)
 
-            def sampler(shape: Size) -> Tensor:
-                noise = torch.randn(*shape, self.noise_dim, dtype=rows.dtype, device=rows.device)
-                inputs = torch.cat([rows.expand(*shape, rows.shape[-1]), noise], -1)
-                if self.noise == "input":  # the encoder knows one batch dimension
-                    inputs = self._features(inputs.flatten(0, -2), *args, **kwargs)
-                return self.head(inputs).reshape(*shape, self.latent_dim)
+        def push(noise: Tensor) -> Tensor:
+            """Take noise [*, N, noise_width] to z [*, N, d]."""
+            if self.noise == "basis":
+                return (self.basis(noise) * self._coefficients(rows)).sum(-2)
+            inputs = torch.cat([rows.expand(*noise.shape[:-1], rows.shape[-1]), noise], -1)
+            if self.noise == "input":  # the encoder knows one batch dimension
+                inputs = self._features(inputs.flatten(0, -2), *args, **kwargs)
+            return self.head(inputs).reshape(*noise.shape[:-1], self.latent_dim)
 
-            def moments() -> tuple[Tensor, Tensor]:
-                draws = sampler(Size((self.num_moment_particles, len(x))))
-                var, mean = torch.var_mean(draws, 0)
-                return mean, var
+        def sampler(shape: Size) -> Tensor:
+            width = self.moment_noise.shape[-1]
+            return push(torch.randn(*shape, width, dtype=rows.dtype, device=rows.device))
 
-        with torch.no_grad():
-            if self.contrast == "adaptive":
-                loc, var = moments()
-            else:
-                loc = next(self.head.parameters()).new_zeros(self.latent_dim)
-                var = loc + 1
-        # A guide that collapses to a point must leave a density.
-        contrast = NormalContrast(loc, var.sqrt().clamp(min=MIN_SCALE))
-        ratio = DensityRatio(self.discriminator, contrast, context=(x,))
+        ratio = DensityRatio(self.discriminator, self._contrast(rows, push), context=(x,))
 
         def adversary(z: Tensor) -> Tensor:
             show_parameters(self.discriminator)
@@ -345,15 +350,36 @@ class Implicit(Amortized):
 
         return ImplicitDistribution(sampler, ratio, self.latent_dim, (len(x),), adversary)
 
+    def _coefficients(self, features: Tensor) -> Tensor:
+        """Return a(x) [N, num_basis, d]."""
+        return self.head(features).unflatten(-1, (-1, self.latent_dim))
 
-def _input_width(encoder: nn.Module) -> int:
-    """Return the size of the rows that the encoder takes, from its first layer with weights."""
+    @torch.no_grad()
+    def _contrast(self, rows: Tensor, push: Callable[[Tensor], Tensor]) -> NormalContrast:
+        """Return r(z|x).
+
+        Its moments are those of the same noise in every call. That makes it a function of x, which
+        T can take into account; of which r it is T's optimum does not depend.
+        """
+        if self.contrast == "prior":
+            loc = rows.new_zeros(self.latent_dim)
+            return NormalContrast(loc, loc + 1)
+        if self.noise == "basis":  # equations III.2 and III.3
+            var, loc = torch.var_mean(self.basis(self.moment_noise), 0)
+            coefficients = self._coefficients(rows)
+            loc, var = (loc * coefficients).sum(-2), (var * coefficients.square()).sum(-2)
+        else:
+            noise = self.moment_noise[:, None].expand(-1, len(rows), -1)
+            var, loc = torch.var_mean(push(noise), 0)
+        # A guide that collapses to a point must leave a density.
+        return NormalContrast(loc, var.sqrt().clamp(min=MIN_SCALE))
+
+
+def _input_width(encoder: nn.Module) -> int | None:
+    """Return the size of the rows that the encoder takes, if its first layer with weights says."""
     for layer in encoder.modules():
         if isinstance(layer, nn.Linear):
             return layer.in_features
         if next(layer.parameters(recurse=False), None) is not None:
             break
-    raise ValueError(
-        f"discriminator must be given: found that the encoder, a {type(encoder).__name__}, does "
-        "not start with a linear layer that says how many elements x has"
-    )
+    return None
