@@ -2,11 +2,12 @@
 
 from .avb import AVB_ELBO
 from .base import TermsELBO
-from .beta_vae import BetaVAE_ELBO, KLSchedule
+from .beta_vae import BetaVAE_ELBO
 from .dvae import DVAE_ELBO
 from .geco import GECO_ELBO
 from .infovae import InfoVAE_ELBO
 from .iwae import IWAE_ELBO
+from .kl_schedule import KLSchedule
 
 __all__ = [
     "AVB_ELBO",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro.poutine as poutine
@@ -176,3 +176,20 @@ class TermsELBO(ELBO, nn.Module):
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> TracePair:
         return get_trace_pair(model, guide, args, kwargs, self.max_plate_nesting)
+
+    def _get_traces(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> Iterator[TracePair]:
+        if self.num_particles == 1:  # no plate, whose dimension would have to be guessed
+            yield self._get_trace(model, guide, args, kwargs)
+        else:
+            yield from super()._get_traces(model, guide, args, kwargs)
+
+    def _guess_max_plate_nesting(self, *args: Any) -> None:
+        # A run that is not a step: training that is resumed would draw other numbers after it.
+        with torch.random.fork_rng(_cuda_devices()):
+            super()._guess_max_plate_nesting(*args)
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
