@@ -48,10 +48,10 @@ class MLP(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], out_dim))
 
 
-def _zero(layer: nn.Linear) -> None:
+def _zero(layer: nn.Module) -> None:
     """Start a discriminator's last layer at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for param in layer.parameters():
+        nn.init.zeros_(param)
 
 
 def _flatten(x: Tensor) -> Tensor:
@@ -225,11 +225,11 @@ class NoiseBasis(nn.Module):
         super().__init__()
         self.num_basis = num_basis
         # Convolutions of width one, in groups: m networks side by side.
-        layers = {"kernel_size": 1, "groups": num_basis}
+        ins, hidden, outs = (num_basis * dim for dim in (noise_dim, hidden_dim, out_dim))
         self.network = nn.Sequential(
-            nn.Conv1d(num_basis * noise_dim, num_basis * hidden_dim, **layers),
+            nn.Conv1d(ins, hidden, kernel_size=1, groups=num_basis),
             nn.ELU(),
-            nn.Conv1d(num_basis * hidden_dim, num_basis * out_dim, **layers),
+            nn.Conv1d(hidden, outs, kernel_size=1, groups=num_basis),
         )
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class NoiseBasis(nn.Module):
 
 
 class _CappedNorm(nn.Module):
-    """w = v/‖v‖ · min(|s|, H) for each output unit; v and s are the parameters."""
+    """w = v/‖v‖ · s, s held in [−H, H], for each output unit; v and s are the parameters."""
 
     def __init__(self, cap: float, dim: int) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class _CappedNorm(nn.Module):
         return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
 
     def forward(self, s: Tensor, v: Tensor) -> Tensor:
-        return v / self._norm(v) * s.abs().clamp(max=self.cap)
+        return v / self._norm(v) * s.clamp(-self.cap, self.cap)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         norm = self._norm(weight)
@@ -280,9 +280,10 @@ def weight_norm_cap(module: nn.Module, H: float) -> nn.Module:
     Weight-normalised inference: the weights w of each output unit of each linear and convolutional
     layer are reparameterised, in place, as
 
-    .. math:: w = \frac{v}{\lVert v \rVert} \min(\lvert s \rvert, H)
+    .. math:: w = \frac{v}{\lVert v \rVert} \min(\lVert s \rVert, H)
 
-    with v and s the parameters. Weights that are below the cap stay as they are, others are
+    with v and s the parameters; s is one number and keeps its sign, or a weight that starts at zero
+    could not leave. Weights that are below the cap stay as they are, others are
     shortened. Biases are not touched. Applied to an encoder it regularises any guide that uses it;
     the guide's own head is not capped, unless the guide itself is given.
 

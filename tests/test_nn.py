@@ -1,10 +1,19 @@
 """The networks: shapes, formulas, and where they start."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from pyro_vae.nn import MLP, ResidualDiscriminator
+from pyro_vae.nn import (
+    MLP,
+    JointDiscriminator,
+    NoiseBasis,
+    ResidualDiscriminator,
+    TwoTowerDiscriminator,
+    weight_norm_cap,
+)
 
 NETWORKS = {
     "MLP": lambda: MLP(3, 2, (5, 4)),
@@ -89,3 +98,215 @@ def test_discriminator_starts_at_zero_and_can_leave_it(dtype, device):
     t(z)[:10].sum().backward()
     assert t.output.weight.grad.abs().sum() > 0
     assert len(t.blocks) == 3
+
+
+# --- discriminators on (x, z) ---------------------------------------------------------------------
+
+CONDITIONAL = {
+    "two towers": lambda: TwoTowerDiscriminator(6, 3, (5, 4), 7),
+    "joint": lambda: JointDiscriminator(6, 3, (5, 4)),
+    "residual": lambda: ResidualDiscriminator(3, hidden_dim=5, num_blocks=2, x_dim=6),
+}
+
+
+@pytest.fixture(params=CONDITIONAL)
+def fresh(request, dtype, device):
+    return CONDITIONAL[request.param]().to(device, dtype)
+
+
+@pytest.fixture
+def discriminator(fresh):
+    """Each discriminator, with no weight at zero."""
+    for param in fresh.parameters():
+        nn.init.normal_(param)
+    return fresh
+
+
+@pytest.fixture
+def x(dtype, device):
+    return torch.randn(4, 2, 3, dtype=dtype, device=device)
+
+
+@pytest.fixture
+def z(dtype, device):
+    return torch.randn(2, 5, 4, 3, dtype=dtype, device=device)
+
+
+def test_pairs_each_row_of_x_with_its_particles(discriminator, x, z):
+    t = discriminator(x, z)
+    assert t.shape == (2, 5, 4)
+    assert t.dtype == z.dtype
+    for n in range(4):
+        rows = torch.stack([discriminator(x[n : n + 1], row[n : n + 1]) for row in z.flatten(0, 1)])
+        torch.testing.assert_close(t[..., n].flatten(), rows[:, 0])
+    torch.testing.assert_close(discriminator(x.flatten(1), z[0, 0]), t[0, 0])
+    assert not torch.allclose(discriminator(x.flip(0), z), t)
+
+
+def test_conditional_starts_at_zero_and_can_leave_it(fresh, x, z):
+    assert torch.equal(fresh(x, z), z.new_zeros(2, 5, 4))
+    optim = torch.optim.SGD(fresh.parameters(), lr=0.1)
+    for _ in range(2):
+        optim.zero_grad()
+        fresh(x, z)[:1].sum().backward()
+        optim.step()
+    assert fresh(x, z).abs().min() > 0
+    assert all(param.grad.abs().sum() > 0 for param in fresh.parameters())
+
+
+def test_conditional_gradients_and_state(fresh, x, z):
+    twin = copy.deepcopy(fresh)
+    for param in fresh.parameters():
+        nn.init.normal_(param)
+    x.requires_grad_()
+    z.requires_grad_()
+    fresh(x, z).square().sum().backward()
+    for name, tensor in {"x": x, "z": z, **dict(fresh.named_parameters())}.items():
+        assert tensor.grad.abs().sum() > 0, name
+    twin.load_state_dict(fresh.state_dict())
+    assert torch.equal(twin(x, z), fresh(x, z))
+
+
+def test_two_towers_are_an_inner_product(x, z):
+    t = TwoTowerDiscriminator(6, 3).to(z)
+    assert [layer.out_features for layer in t.of_x if isinstance(layer, nn.Linear)] == [512] * 3
+    assert [layer.out_features for layer in t.of_z if isinstance(layer, nn.Linear)] == [512] * 3
+    nn.init.normal_(t.of_z[-1].weight)
+    expected = torch.einsum("nk,ijnk->ijn", t.of_x(x.reshape(4, 6)), t.of_z(z))
+    torch.testing.assert_close(t(x, z), expected)
+
+
+def test_joint_is_a_sum(x, z):
+    t = JointDiscriminator(6, 3).to(z)
+    for network in (t.joint, t.of_x, t.of_z):
+        widths = [layer.out_features for layer in network if isinstance(layer, nn.Linear)]
+        assert widths == [1024] * 4 + [1]
+        nn.init.normal_(network[-1].weight)
+    rows = x.reshape(4, 6)
+    both = torch.cat([rows.expand(2, 5, 4, 6), z], -1)
+    expected = t.joint(both)[..., 0] + t.of_x(rows)[:, 0] + t.of_z(z)[..., 0]
+    torch.testing.assert_close(t(x, z), expected)
+
+
+def test_residual_takes_x_beside_z(x, z):
+    t = ResidualDiscriminator(3, x_dim=6).to(z)
+    nn.init.normal_(t.output.weight)
+    plain = ResidualDiscriminator(9).to(z)
+    plain.load_state_dict(t.state_dict())
+    torch.testing.assert_close(
+        t(x, z), plain(torch.cat([x.reshape(4, 6).expand(2, 5, 4, 6), z], -1))
+    )
+
+
+# --- the noise basis ------------------------------------------------------------------------------
+
+
+def test_each_basis_vector_has_its_own_noise(dtype, device):
+    """v_i depends on ε_i alone; in distribution they differ."""
+    basis = NoiseBasis(3, 4, noise_dim=2).to(device, dtype)
+    noise = torch.randn(5, 6, dtype=dtype, device=device)
+    v = basis(noise)
+    assert v.shape == (5, 3, 4)
+    assert basis(noise.expand(2, 5, 6)).shape == (2, 5, 3, 4)
+    changed = noise.clone()
+    changed[:, 2:4] += 1
+    moved = (basis(changed) - v).abs().amax((0, 2)) > 1e-3
+    assert moved.tolist() == [False, True, False]
+    same = basis(noise[:, :2].repeat(1, 3))
+    assert (same[:, 0] - same[:, 1]).abs().max() > 1e-3
+
+
+# --- the cap on weight norms ----------------------------------------------------------------------
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6), (1,)),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 3), (3, 2, 5), (1, 2)),
+    "conv2d": (lambda: nn.Conv2d(2, 4, 3, groups=2), (3, 2, 5, 5), (1, 2, 3)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2), (3, 2, 3, 3, 3), (1, 2, 3, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 4, 3), (3, 2, 5, 5), (0, 2, 3)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_case(request, dtype, device):
+    make, shape, dims = LAYERS[request.param]
+    return make().to(device, dtype), torch.randn(shape, dtype=dtype, device=device), dims
+
+
+def norms(layer, dims):
+    return torch.linalg.vector_norm(layer.weight, dim=dims)
+
+
+def test_cap_is_its_formula(layer_case):
+    """v/‖v‖ · min(‖s‖, H), output unit by output unit: some are shortened, others left."""
+    layer, x, dims = layer_case
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    cap = norms(layer, dims).median().item()
+    before = norms(layer, dims).detach()
+    assert (before > cap).any()
+    assert weight_norm_cap(layer, cap) is layer
+    torch.testing.assert_close(norms(layer, dims).detach(), before.clamp(max=cap))
+    direction = (layer.weight * weight).sum() / (layer.weight.norm() * weight.norm())
+    assert direction > 0.9
+    for unit in range(4):
+        index = (slice(None), unit) if 0 in dims else unit
+        ratio = layer.weight[index] / weight[index]
+        torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio))
+    assert torch.equal(layer.bias, bias)
+    layer(x).square().sum().backward()
+    assert all(param.grad.abs().sum() > 0 for param in layer.parameters())
+
+
+def test_cap_holds_however_it_is_trained(layer_case):
+    layer, x, dims = layer_case
+    weight_norm_cap(layer, 0.5)
+    optim = torch.optim.SGD(layer.parameters(), lr=10.0)
+    for _ in range(3):
+        optim.zero_grad()
+        (-layer(x).square().sum()).backward()
+        optim.step()
+        assert (norms(layer, dims) <= 0.5 + 1e-5).all()
+
+
+def test_a_high_cap_changes_nothing(dtype, device):
+    mlp = MLP(3, 2, (5,)).to(device, dtype)
+    z = torch.randn(4, 3, dtype=dtype, device=device)
+    out = mlp(z)
+    torch.testing.assert_close(weight_norm_cap(mlp, 100.0)(z), out)
+    assert all(layer.weight.dtype == dtype for layer in mlp if isinstance(layer, nn.Linear))
+
+
+def test_a_layer_at_zero_stays_there_and_can_leave(dtype, device):
+    t = weight_norm_cap(ResidualDiscriminator(3), 1.0).to(device, dtype)
+    z = torch.randn(4, 3, dtype=dtype, device=device)
+    assert torch.equal(t(z), z.new_zeros(4))
+    t(z).sum().backward()
+    assert all(param.grad.isfinite().all() for param in t.parameters())
+    assert t.output.parametrizations.weight.original0.grad.abs().sum() > 0
+
+
+def test_capped_networks_copy_and_save(dtype, device):
+    mlp = weight_norm_cap(MLP(3, 2, (5,)).to(device, dtype), 0.4)
+    z = torch.randn(4, 3, dtype=dtype, device=device)
+    twin = copy.deepcopy(mlp)
+    assert torch.equal(twin(z), mlp(z))
+    other = weight_norm_cap(MLP(3, 2, (5,)).to(device, dtype), 0.4)
+    assert not torch.equal(other(z), mlp(z))
+    other.load_state_dict(mlp.state_dict())
+    assert torch.equal(other(z), mlp(z))
+    with torch.no_grad():
+        for param in twin.parameters():
+            param.mul_(0.5)
+    assert torch.equal(other(z), mlp(z))
+    assert not torch.equal(twin(z), mlp(z))
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, float("nan")])
+def test_bad_cap(cap):
+    with pytest.raises(ValueError, match=f"H must be positive, found {cap}"):
+        weight_norm_cap(MLP(3, 2), cap)
+
+
+def test_nothing_to_cap():
+    with pytest.raises(ValueError, match="no weights to cap: found ReLU"):
+        weight_norm_cap(nn.ReLU(), 1.0)

@@ -16,9 +16,11 @@ from pyro_vae.ratios import (
     AdaptiveContrast,
     DensityRatio,
     ImplicitDistribution,
+    NormalContrast,
     f_divergence_loss,
     implicit_distributions,
     logistic_loss,
+    show_parameters,
 )
 
 OBJECTIVES = [logistic_loss, f_divergence_loss]
@@ -254,11 +256,7 @@ def test_discriminate_puts_q_before_r(ratio):
     )
     nn.init.constant_(ratio.network[0].weight, 1.0)
 
-    class Fixed(AdaptiveContrast):
-        def adapt(self, z):
-            pass
-
-    ratio.contrast = Fixed(ratio.contrast.loc, ratio.contrast.scale)
+    ratio.contrast = NormalContrast(ratio.contrast.loc, ratio.contrast.scale)
     far = ratio.contrast.loc + 100
     q = ImplicitDistribution(lambda shape: far.expand(*shape, 3), ratio, 3)
     t_q, t_r = q.discriminate(10)
@@ -302,16 +300,9 @@ def test_implicit_distributions_are_found(implicit, wrapping):
 # --- a density learned of samples that are secretly Gaussian --------------------------------------
 
 
-class Standard(AdaptiveContrast):
-    """A standard normal that follows nobody, as a prior."""
-
-    def adapt(self, z):
-        pass
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", OBJECTIVES)
-@pytest.mark.parametrize("kind", [AdaptiveContrast, Standard])
+@pytest.mark.parametrize("kind", [AdaptiveContrast, NormalContrast])
 def test_learns_the_log_density_of_a_correlated_gaussian(loss, kind, device):
     """Correlation 0.9, so that neither contrast has q's shape.
 
@@ -355,3 +346,62 @@ def test_a_contrast_stays_a_density():
         contrast.adapt(torch.ones(10, 2))
     assert (contrast.scale > 0).all()
     assert contrast.log_prob(torch.ones(2)).isfinite()
+
+
+# --- given x --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditional(dtype, device):
+    """q(z|x) and r(z|x) for four rows of x, with a discriminator that is not zero."""
+    x = torch.randn(4, 2, 3, dtype=dtype, device=device, requires_grad=True)
+    loc = torch.randn(4, 3, dtype=dtype, device=device, requires_grad=True)
+    contrast = NormalContrast(loc, loc.exp())
+    network = ResidualDiscriminator(3, hidden_dim=8, num_blocks=1, x_dim=6).to(loc)
+    nn.init.normal_(network.output.weight)
+    return x, loc, DensityRatio(network, contrast, context=(x,))
+
+
+def test_conditional_ratio_is_its_formula(conditional):
+    x, loc, ratio = conditional
+    z = torch.randn(5, 4, 3).to(loc).requires_grad_()
+    expected = ratio.network(x, (z - loc) / loc.exp())
+    torch.testing.assert_close(ratio(z), expected)
+    torch.testing.assert_close(ratio.frozen(z), expected)
+    normal = torch.distributions.Independent(Normal(loc, loc.exp()), 1)
+    torch.testing.assert_close(ratio.contrast.log_prob(z), normal.log_prob(z))
+    (ratio.frozen(z) + ratio.contrast.log_prob(z)).sum().backward()
+    assert z.grad.abs().sum() > 0
+    assert x.grad is None
+    assert loc.grad is None
+    assert all(weight.grad is None for weight in ratio.network.parameters())
+    ratio(z).sum().backward()
+    assert x.grad is None
+    assert loc.grad is None
+    assert all(weight.grad.abs().sum() > 0 for weight in ratio.network.parameters())
+
+
+def test_conditional_samples_have_the_moments_of_each_row(conditional):
+    _, loc, ratio = conditional
+    n = 20_000
+    z = ratio.contrast.sample(torch.Size((n, 4)))
+    assert z.shape == (n, 4, 3)
+    assert z.dtype == loc.dtype
+    z_bar = (z - loc.detach()) / loc.detach().exp()
+    assert (z_bar.mean(0) * math.sqrt(n)).abs().max() < 4.5
+    assert ((z_bar.std(0) - 1) * math.sqrt(2 * n)).abs().max() < 4.5
+    before = ratio.contrast.loc.clone()
+    ratio.contrast.adapt(z.reshape(-1, 3))
+    assert torch.equal(ratio.contrast.loc, before)
+
+
+# --- parameters without the store -----------------------------------------------------------------
+
+
+def test_parameters_are_shown_but_another_players():
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    with poutine.trace(param_only=True) as capture:
+        show_parameters(module, without=module[1])
+    seen = {node["value"].unconstrained() for node in capture.trace.nodes.values()}
+    assert seen == set(module[0].parameters())
+    assert not list(pyro.get_param_store().keys())
