@@ -228,7 +228,8 @@ class MMD(Divergence):
     def kernel_matrix(self, x: Tensor, y: Tensor) -> Tensor:
         """Return k(xᵢ, yⱼ), summed over bandwidths, x [n, d] and y [m, d] → [n, m]."""
         # By differences: the faster ‖x‖² + ‖y‖² − 2xᵀy cancels in float32 where points are close
-        # together and far from the origin. The gradient is zero, not NaN, where points coincide.
+        # together and far from the origin. The gradient is zero, not NaN, where points coincide;
+        # torch has no second derivative of cdist.
         squared = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
         if isinstance(self.kernel, str):
             kernel, default = KERNELS[self.kernel]
