@@ -273,13 +273,14 @@ class AtMean(Messenger):
             raise ValueError(
                 f"guide site {msg['name']!r}: log p(x|z) is expanded about the guide's mean, and "
                 "nothing else of the guide's shape plays a part; expected a distribution with a "
-                f"mean in closed form, such as Normal, found {describe(msg['fn'])}. A guide that "
-                "is known by its samples, implicit or a flow, needs a loss that samples it"
+                f"mean in closed form, such as Normal, found {type(_base(msg['fn'])).__name__}. A "
+                "guide that is known by its samples, implicit or a flow, needs a loss that samples"
             )
         if not mean.isfinite().all():
             raise NonFiniteError(
-                f"guide site {msg['name']!r}: expected a finite mean, found that of "
-                f"{describe(msg['fn'])} not finite"
+                f"guide site {msg['name']!r}: expected a finite mean, found "
+                f"{int((~mean.isfinite()).sum())} of {mean.numel()} numbers of the mean of "
+                f"{type(_base(msg['fn'])).__name__} not finite"
             )
         # A node of its own, so that derivatives are along this site and no other way.
         value = mean.clone()
@@ -355,7 +356,7 @@ class Expansion:
         r"""Return :math:`J^T W J` [N, k, k] for k columns of J, or for all d of them.
 
         J is the Jacobian of the observed distributions' parameters; see :func:`output_curvature`
-        for these and for W. It is −H where the decoder is linear or piecewise linear.
+        for these and for W. It is −H where they are linear or piecewise linear in z.
 
         Raises:
             ValueError: If the family of an observed site is unknown, or the latents reach it by a
@@ -371,8 +372,8 @@ class Expansion:
             own = [next(J) for _ in output.params]  # each [k, *g]
             curved = [output.curvature(*column) for column in zip(*own, strict=True)]
             for a, b in zip(own, zip(*curved, strict=True), strict=True):
-                a, b = self._by_point(a, site), self._by_point(torch.stack(b), site)
-                gram = gram + torch.einsum("nik,nil->nkl", a, b)
+                factors = self._by_point(a, site), self._by_point(torch.stack(b), site)
+                gram = gram + torch.einsum("nik,nil->nkl", *factors)
         return gram
 
     def covariance(self) -> Tensor:
@@ -413,13 +414,12 @@ class Expansion:
     def _output(self, site: dict) -> Output:
         """Return a site's parameters that depend on the latents, with its mask and scale in W."""
         name, fn, x = site["name"], site["fn"], site["value"]
-        batch, event = x.shape[: x.dim() - fn.event_dim], x.shape[x.dim() - fn.event_dim :]
-        if event != fn.event_shape:
+        if x.shape[x.dim() - fn.event_dim :] != fn.event_shape:
             raise ValueError(
-                f"observed site {name!r}: found a value of event shape {list(event)}, expected "
-                f"that of its distribution, {list(fn.event_shape)}"
+                f"observed site {name!r}: found a value of shape {list(x.shape)}, expected event "
+                f"shape {list(fn.event_shape)}, that of its distribution"
             )
-        batch = torch.broadcast_shapes(batch, fn.batch_shape)
+        batch = _batch_shape(site)
         fn = fn if batch == fn.batch_shape else fn.expand(batch)
         try:
             params, curvature = output_curvature(fn, x)
@@ -451,7 +451,7 @@ class Expansion:
 
     def _by_point(self, columns: Tensor, site: dict) -> Tensor:
         """Bring columns [k, *g] of an observed site's parameter to [N, *, k]."""
-        event_dim = columns.dim() - len(site["fn"].batch_shape)
+        event_dim = columns.dim() - len(_batch_shape(site))
         points = self.terms._to_points(columns.movedim(0, -1), site, event_dim)
         return points.reshape(self.terms.num_points, -1, len(columns))
 
@@ -468,27 +468,31 @@ class Expansion:
     def _check(self) -> None:
         self.terms.check_standard_normal(self.who)
         for site in self._latents:
-            name, fn, shape = site["name"], site["fn"], site["value"].shape
-            if shape != fn.shape():
-                raise ValueError(
-                    f"guide site {name!r}: found shape {list(shape)}, expected that of the model's "
-                    f"site, {list(fn.shape())}"
-                )
+            name, fn = site["name"], site["fn"]
             if _depends(fn.mean, self.values) or _depends(fn.variance, self.values):
                 raise ValueError(
                     f"{self.who} needs a standard normal prior at site {name!r}, found one that "
                     "depends on another latent"
                 )
-            if _masks(fn) or (site["mask"] is not None and self.terms.present is None):
+            if _masks(fn) or not self._is_masked_by_point(site):
                 raise ValueError(
                     f"{self.who}: found site {name!r} masked, expected a mask of data points by "
-                    "poutine.mask around all sites of the model"
+                    "poutine.mask around all sites of model and guide"
                 )
         if _depends(self.terms.shared, self.values):
             raise ValueError(
                 f"{self.who}: expected the observed sites that depend on the latents in the data "
                 f"plates {[plate.name for plate in self.terms.plates]}, found one outside"
             )
+
+    def _is_masked_by_point(self, site: dict) -> bool:
+        """Say whether a site is masked as the data points are, if at all."""
+        mask, present = site["mask"], self.terms.present
+        if mask is None or present is None:
+            return mask is None
+        points = torch.as_tensor(mask, device=present.device).expand(_batch_shape(site))
+        points = self.terms._to_points(points, site, 0)[0].reshape(len(present), -1)
+        return bool((points == present.unsqueeze(-1)).all())
 
 
 def _mean(fn: Any) -> Tensor | None:
@@ -498,6 +502,11 @@ def _mean(fn: Any) -> Tensor | None:
         return fn.mean
     except (NotImplementedError, AttributeError):
         return None
+
+
+def _batch_shape(site: dict) -> torch.Size:
+    fn, x = site["fn"], site["value"]
+    return torch.broadcast_shapes(fn.batch_shape, x.shape[: x.dim() - fn.event_dim])
 
 
 def _masks(fn: Any) -> list[tuple[Tensor | bool, torch.Size]]:

@@ -243,6 +243,14 @@ def test_at_mean_refuses_a_guide_known_by_its_samples(make_guide):
         guide()
 
 
+def test_at_mean_refuses_a_learned_density_that_has_a_mean():
+    class Learned(dist.Normal):
+        learned_density = True
+
+    with AtMean(), pytest.raises(ValueError, match=r"guide site 'z': .* found Learned"):
+        pyro.sample("z", Learned(torch.zeros(2), 1.0).to_event(1))
+
+
 def test_at_mean_refuses_a_mean_that_is_not_finite():
     with AtMean(), pytest.raises(NonFiniteError, match=r"guide site 'z': .*StudentT"):
         pyro.sample("z", dist.StudentT(1.0))
@@ -381,6 +389,18 @@ def test_no_plate_at_all_is_one_point_with_all_latents():
     check(expansion(model, lambda: sample("z", 2)), expected)
 
 
+def test_observations_in_no_plate_are_counted():
+    """Without validation Pyro takes a batch of observations of one distribution."""
+    _, sample = point_guide(z=(3,))
+
+    def model():
+        z = pyro.sample("z", standard_normal(3))
+        pyro.sample("x", dist.Normal(z @ W.T, SCALE).to_event(1), obs=X)
+
+    with pyro.validation_enabled(False):
+        check(expansion(model, lambda: sample("z", 1)), 4 * PRECISION.unsqueeze(0))
+
+
 def test_masks_and_scales_of_the_observation_are_in_the_curvature():
     _, sample = point_guide(z=(4, 3))
     pixels = torch.rand(4, 6) < 0.6
@@ -449,7 +469,7 @@ def test_observation_of_another_event_shape_is_named():
         with pyro.plate("data", 4):
             sample("z", 1)
 
-    with pytest.raises(ValueError, match=r"site 'x': found .* shape \[6\], expected .*\[1\]"):
+    with pytest.raises(ValueError, match=r"site 'x': found .* shape \[4, 6\], expected .*\[1\]"):
         expansion(model, guide).gauss_newton()
 
 
@@ -480,17 +500,24 @@ def gaussian_pair(p=None, q=None, wrap=None):
         ({"p": dist.Normal(torch.zeros(4), 2.0)}, "normal prior at site 'z', found Normal"),
         ({"p": dist.LogNormal(torch.zeros(4), 1.0)}, "prior at site 'z', found LogNormal"),
         ({"p": dist.Normal(torch.zeros(4), 1.0).mask(False)}, "site 'z' masked"),
-        ({"wrap": poutine.mask(mask=torch.tensor([True, True, False, True]))}, None),
+        ({"wrap": poutine.mask(mask=torch.tensor([True, True, False, True]))}, "site 'z' masked"),
         ({"wrap": poutine.scale(scale=2.0)}, "expected one scale"),
     ],
 )
 def test_latents_that_make_no_sense_are_named(kwargs, message):
     model, guide = gaussian_pair(**kwargs)
-    if message is None:  # a mask of data points
-        assert expansion(model, guide).terms.present.tolist() == [True, True, False, True]
-        return
     with pytest.raises(ValueError, match=message):
         expansion(model, guide)
+
+
+def test_masks_of_the_data_points_and_others():
+    model, guide = gaussian_pair()
+    mask = torch.tensor([True, True, False, True])
+    masked = poutine.mask(model, mask=mask)
+    assert expansion(masked, poutine.mask(guide, mask=mask)).terms.present.equal(mask)
+    for other in (guide, poutine.mask(guide, mask=~mask)):
+        with pytest.raises(ValueError, match="site 'z' masked"):
+            expansion(masked, other)
 
 
 def test_prior_that_depends_on_another_latent_is_found_even_at_zero():

@@ -190,7 +190,7 @@ class GRAE_ELBO(_ExpansionELBO):  # noqa: N801 - Pyro's way to name losses
         with torch.enable_grad():
             at, beta = self._expand(self.terms(model, guide, *args, **kwargs))
             factor = _cholesky(at, self._hessian(at), beta)
-        covariance = torch.cholesky_inverse(factor.detach())
+        covariance = torch.cholesky_inverse(factor)
         return MultivariateNormal(at.h.detach(), covariance)
 
     def posterior_covariance(

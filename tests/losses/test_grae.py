@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd import functional
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from pyro_vae.curvature import Expansion
 from pyro_vae.guides import AutoFlow, AutoImplicit
 from pyro_vae.losses import DVAE_ELBO, GRAE_ELBO, Taylor_ELBO
 from pyro_vae.terms import NonFiniteError
@@ -362,6 +363,20 @@ def test_columns_are_drawn_anew_and_by_the_seed():
     assert len({round(value, 9) for value in values(0)}) == LATENT  # every column comes up
 
 
+@pytest.mark.parametrize(("orthogonality", "count"), [(0.0, 1), (0.1, 2)])
+def test_no_more_columns_are_computed_than_needed(orthogonality, count, monkeypatch):
+    vae, x = make_vae()
+    asked, gauss_newton = [], Expansion.gauss_newton
+
+    def spy(self, columns):
+        asked.append(len(columns))
+        return gauss_newton(self, columns)
+
+    monkeypatch.setattr(Expansion, "gauss_newton", spy)
+    GRAE_ELBO(0.4, "columns", 1, orthogonality).loss(vae.model, vae.guide, x)
+    assert asked == [count]
+
+
 def test_all_columns_are_hadamards_sum_and_not_random():
     vae, x = make_vae()
     args = vae.model, vae.guide, x
@@ -525,6 +540,31 @@ def test_latents_shared_by_all_data():
         loss = GRAE_ELBO(beta, curvature)
         assert loss.loss(model, guide) == pytest.approx(expected.item())
         torch.testing.assert_close(loss.posterior_covariance(model, guide)[0], A.inverse())
+
+
+@pytest.mark.parametrize("make", [GRAE_ELBO, Taylor_ELBO])
+def test_latents_in_a_plate_of_their_own(make):
+    """Regression weights: the data are in another plate, and each depends on all weights."""
+    linear = LinearGaussian(2, n=1)
+    y, X = linear.x[0] - linear.b, linear.W
+
+    def model():
+        with pyro.plate("weights", linear.d):
+            w = pyro.sample("w", dist.Normal(y.new_zeros(()), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(X @ w, linear.s), obs=y)
+
+    posterior = GRAE_ELBO().posterior(model, AutoDelta(model, lambda site: y.new_zeros(linear.d)))
+    torch.testing.assert_close(posterior.covariance_matrix, linear.posterior.covariance_matrix[:1])
+    scale = torch.rand(linear.d).double() + 0.2
+
+    def guide():
+        with pyro.plate("weights", linear.d):
+            pyro.sample("w", dist.Normal(linear.posterior.mean[0], scale))
+
+    q = dist.MultivariateNormal(linear.posterior.mean, scale_tril=scale.diag().unsqueeze(0))
+    expected = linear.evidence if make is GRAE_ELBO else linear.elbo(q)
+    assert make().loss(model, guide) == pytest.approx(-expected.item())
 
 
 def test_inner_loss_of_a_denoising_one():
