@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Output(NamedTuple):
 
     Attributes:
         params: The parameters g, tensors of the distribution.
-        curvature: Takes vectors v, one a parameter and shaped like it, to W v, where
+        curvature: Takes vectors v [\*, \*g], one a parameter g, to W v of the same shapes, where
             :math:`W = -\nabla_g^2 \log p(x; g)` is positive semidefinite.
     """
 
@@ -370,9 +371,8 @@ class Expansion:
         J = iter(jacobian(params, self.values, self.points, columns))
         for site, output in zip(self._observed, outputs, strict=True):
             own = [next(J) for _ in output.params]  # each [k, *g]
-            curved = [output.curvature(*column) for column in zip(*own, strict=True)]
-            for a, b in zip(own, zip(*curved, strict=True), strict=True):
-                factors = self._by_point(a, site), self._by_point(torch.stack(b), site)
+            for a, b in zip(own, output.curvature(*own), strict=True):
+                factors = self._by_point(a, site), self._by_point(b, site)
                 gram = gram + torch.einsum("nik,nil->nkl", *factors)
         return gram
 
@@ -441,13 +441,13 @@ class Expansion:
         weights = [(self.terms._factor(site), batch), *_masks(fn)]
         weights += [] if site["mask"] is None else [(site["mask"], batch)]
 
-        def weigh(v: Tensor) -> Tensor:
-            for weight, shape in weights:
-                weight = torch.as_tensor(weight, device=v.device).expand(shape)
-                v = v * weight.reshape(weight.shape + (1,) * (v.dim() - weight.dim()))
-            return v
+        def weighted(*v: Tensor) -> tuple[Tensor, ...]:
+            return tuple(
+                prod(_like(weight, shape, g) for weight, shape in weights) * curved
+                for g, curved in zip(params, curvature(*v), strict=True)
+            )
 
-        return Output(params, lambda *v: tuple(weigh(w) for w in curvature(*v)))
+        return Output(params, weighted)
 
     def _by_point(self, columns: Tensor, site: dict) -> Tensor:
         """Bring columns [k, *g] of an observed site's parameter to [N, *, k]."""
@@ -507,6 +507,12 @@ def _mean(fn: Any) -> Tensor | None:
 def _batch_shape(site: dict) -> torch.Size:
     fn, x = site["fn"], site["value"]
     return torch.broadcast_shapes(fn.batch_shape, x.shape[: x.dim() - fn.event_dim])
+
+
+def _like(weight: Any, shape: torch.Size, g: Tensor) -> Tensor:
+    """Bring a weight of a distribution's batch to where it multiplies the parameter g."""
+    weight = torch.as_tensor(weight, device=g.device).expand(shape)
+    return weight.reshape(weight.shape + (1,) * (g.dim() - weight.dim()))
 
 
 def _masks(fn: Any) -> list[tuple[Tensor | bool, torch.Size]]:
