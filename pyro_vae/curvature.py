@@ -31,7 +31,7 @@ __all__ = [
     "output_curvature",
 ]
 
-Gaussian = td.Normal | td.MultivariateNormal | td.LowRankMultivariateNormal
+_GAUSSIAN = td.Normal | td.MultivariateNormal | td.LowRankMultivariateNormal
 
 
 class Output(NamedTuple):
@@ -383,7 +383,7 @@ class Expansion:
             ValueError: If a site is not Gaussian, or depends on another latent.
         """
         for name, fn, own in zip(self.terms.latents, self._guide_fns, self.values, strict=True):
-            if not isinstance(_base(fn), Gaussian):
+            if not isinstance(_base(fn), _GAUSSIAN):
                 raise ValueError(
                     f"{self.who} takes Σ from the guide: expected Normal or MultivariateNormal at "
                     f"guide site {name!r}, found {describe(fn)}"
@@ -424,6 +424,8 @@ class Expansion:
         try:
             params, curvature = output_curvature(fn, x)
         except ValueError as error:
+            if not _depends(_log_prob(site), self.values):  # a penalty on weights, say
+                return Output((), lambda: ())
             raise ValueError(
                 f"{self.who}: the Gauss–Newton curvature of observed site {name!r} is not known: "
                 f'{error}, or curvature="hessian"'

@@ -365,6 +365,27 @@ def test_data_plate_within_another_plate():
     check(expansion(model, guide), PRECISION.expand(4, 3, 3))
 
 
+def test_only_observations_that_depend_on_the_latents_need_a_family():
+    _, sample = point_guide(z=(4, 3))
+    reach = 0.0
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", standard_normal(3))
+            pyro.sample("x", dist.Normal(z @ W.T, SCALE).to_event(1), obs=X)
+            weight = torch.ones(4, requires_grad=True)
+            pyro.factor("penalty", -(weight**2) + (reach * z.sum(-1) if reach else 0.0))
+
+    def guide():
+        with pyro.plate("data", 4):
+            sample("z", 1)
+
+    check(expansion(model, guide), PRECISION.expand(4, 3, 3))
+    reach = 1.0
+    with pytest.raises(ValueError, match=r"site 'penalty' is not known: found Unit"):
+        expansion(model, guide).gauss_newton()
+
+
 def test_latents_of_the_whole_data_set_are_one_point():
     _, sample = point_guide(z=(3,))
 

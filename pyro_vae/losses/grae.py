@@ -165,7 +165,7 @@ class GRAE_ELBO(_ExpansionELBO):  # noqa: N801 - Pyro's way to name losses
             regularizer = beta / 2 * _log_det(_cholesky(at, -gram, beta))
         elif self.curvature == "columns":
             regularizer = beta / 2 * d / k * (w[:, :k] / beta).log1p().sum(-1)
-        else:
+        else:  # log det to first order: beta cancels. (The paper prints ½ for (13), not for (12).)
             regularizer = d / (2 * k) * w[:, :k].sum(-1)
         if self.orthogonality and d > 1:
             pairs = d * (d - 1) / (len(columns) * (len(columns) - 1))
