@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, reduce
+from itertools import zip_longest
 from math import prod
+from operator import and_
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -13,15 +15,17 @@ from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 from torch.distributions import (
+    Categorical,
+    Cauchy,
     Independent,
     MultivariateNormal,
     Normal,
+    TransformedDistribution,
     biject_to,
-    constraints,
     kl_divergence,
 )
 
@@ -59,8 +63,9 @@ def get_trace_pair(
         max_plate_nesting: Number of batch dimensions that plates may claim.
 
     Raises:
-        ValueError: If a latent site is in one of them only, cannot be reparameterised, or has a
-            batch dimension that no plate declares.
+        ValueError: If a latent site is in one of them only, cannot be reparameterised, has
+            another shape in the one than in the other, or a batch dimension that no plate
+            declares; if a plate of the guide alone draws a subsample.
 
     Example:
         >>> from pyro.infer.autoguide import AutoNormal
@@ -77,8 +82,13 @@ def get_trace_pair(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    _check_subsamples(model_trace, guide_trace)
     pair = TracePair(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
     _check_match(pair)
+    for site in _samples(pair.guide):
+        if isinstance(_base(site["fn"]), TransformedDistribution):
+            # Now: a flow remembers how it came by its last sample, and may have no inverse.
+            site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
     if is_validation_enabled():
         for trace in pair:
             for site in _samples(trace):
@@ -101,6 +111,9 @@ class Terms:
     Observed sites outside the data plates (a ``pyro.factor`` on the weights, say) belong to no data
     point. They are in ``shared``.
 
+    What is masked has log density 0 and KL 0. A data point whose every site is masked, in model
+    and guide (padding), is not there at all: see ``present``.
+
     Args:
         pairs: One pair of traces with all particles in a plate, or one for each particle.
         run_model: Runs the model alone, for draws from the prior of several latent sites.
@@ -110,6 +123,12 @@ class Terms:
         num_particles: S.
         num_points: N.
         scale: How many data points each stands for, a number or [N].
+        plates: The data plates, outermost first.
+        latents: Names of the model's latent sites, in its order.
+
+    Raises:
+        ValueError: If the model has no latent site, or a data plate no size or another one in the
+            guide.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -145,11 +164,11 @@ class Terms:
         if not self.latents:
             raise ValueError("the model has no latent site: found observed sites only")
         latent_sites = [model.nodes[name] for name in self.latents]
-        self._guide_sites = [guide.nodes[name] for name in guide.stochastic_nodes]
+        guide_sites = [guide.nodes[name] for name in guide.stochastic_nodes]
         particles = [f for f in latent_sites[0]["cond_indep_stack"] if f.name == PARTICLES]
         self._particle_dim = particles[0].dim if particles else None
         self.num_particles = particles[0].size if particles else len(pairs)
-        self.plates = _data_plates(latent_sites, self._guide_sites)
+        self.plates = _data_plates(latent_sites, guide_sites)
         self.num_points = prod(int(plate.size) for plate in self.plates)
         self._plate_scale = prod(_subsampling(plate) for plate in self.plates)
         self.scale = self._plate_scale * self._common_factor
@@ -159,18 +178,20 @@ class Terms:
     @cached_property
     def log_likelihood(self) -> Tensor:
         """Log p(x|z) [S, N], over all observed sites in the data plates."""
-        return self._log_density(self._is_data)
+        return self._log_density(lambda pair: filter(self._is_data, _samples(pair.model)))
 
     @cached_property
     def shared(self) -> Tensor:
-        """Log density of the observed sites outside the data plates [S]."""
+        """Log density of the observed sites outside the data plates [S], minus the guide's."""
 
         def one(pair: TracePair) -> Tensor:
+            model = [site for site in _observed(pair.model) if not self._is_data(site)]
+            guide = [site for site in _samples(pair.guide) if not self._in_data_dims(site)]
             total = self._zeros()[:, 0]
-            for site in _observed(pair.model):
-                if not self._is_data(site):
-                    factor = site["scale"]  # of its own: it is in no data plate
-                    total = total + self._to_particles(_log_prob(site) * factor)
+            for sign, sites in ((1, model), (-1, guide)):
+                for site in sites:  # in no data plate: all of the scale is the site's own
+                    log_prob = _log_prob(site) * site["scale"]
+                    total = total + sign * self._to_particles(log_prob)
             return total
 
         return torch.cat([one(pair) for pair in self.pairs])
@@ -178,17 +199,12 @@ class Terms:
     @cached_property
     def log_prior(self) -> Tensor:
         """Log p(z) [S, N], over all latent sites."""
-        return self._log_density(lambda site: not site["is_observed"])
+        return self._log_density(lambda pair: (pair.model.nodes[name] for name in self.latents))
 
     @cached_property
     def log_guide(self) -> Tensor:
-        """Log q(z|x) [S, N], over all latent sites, those of the guide alone included."""
-
-        def one(pair: TracePair) -> Tensor:
-            sites = (pair.guide.nodes[name] for name in pair.guide.stochastic_nodes)
-            return sum((self._density(site) for site in sites), self._zeros())
-
-        return torch.cat([one(pair) for pair in self.pairs])
+        """Log q(z|x) [S, N], over all sites of the guide: auxiliary ones and factors included."""
+        return self._log_density(lambda pair: filter(self._in_data_dims, _samples(pair.guide)))
 
     @cached_property
     def kl(self) -> Tensor:
@@ -197,15 +213,16 @@ class Terms:
         A closed form is that of a site given the ones before it, which needs an order common to
         model and guide; without one all are estimated at z.
         """
-        closed, (log_q, log_p) = self._kl_parts
-        return sum((part.sum(-1) for part in closed.values()), log_q - log_p)
+        return self.kl_by_dim.sum(-1)
 
     @cached_property
     def kl_by_dim(self) -> Tensor:
-        """The parts of ``kl`` [S, N, K]: by coordinate where it splits so, by site where not."""
-        closed, (log_q, log_p) = self._kl_parts
-        rest = [] if len(closed) == len(self.latents) else [(log_q - log_p).unsqueeze(-1)]
-        return torch.cat([*closed.values(), *rest], -1)
+        """The parts of ``kl`` [S, N, K]: by coordinate where a closed form splits so, else by site.
+
+        What is estimated at z is the last part, of all its sites together.
+        """
+        closed, rest = self._kl_parts
+        return torch.cat([*closed.values(), *([] if rest is None else [rest.unsqueeze(-1)])], -1)
 
     @cached_property
     def log_weight(self) -> Tensor:
@@ -240,68 +257,69 @@ class Terms:
         r"""Return an observed site's value x and the mean x̂ of its distribution.
 
         Args:
-            site: Its name; may be left out where the data plates hold one observed site.
+            site: Its name; may be left out where the data plates hold one observed site, factors
+                aside.
 
         Returns:
             ``(x, x_hat)``, each [S, N, \*shape].
+
+        Raises:
+            ValueError: If there is no such site, or its distribution has no mean.
         """
-        names = [s["name"] for s in _observed(self.pairs[0].model) if self._is_data(s)]
+        found = [s["name"] for s in _observed(self.pairs[0].model) if not site_is_factor(s)]
+        names = [n for n in found if self._is_data(self.pairs[0].model.nodes[n])]
         names = [name for name in names if name == site or site is None]
         if len(names) != 1:
-            found = [s["name"] for s in _observed(self.pairs[0].model)]
-            expected = "one, or a name" if site is None else repr(site)
+            expected = "one in the data plates, or a name" if site is None else repr(site)
             raise ValueError(f"observed site: expected {expected}, found {found}")
         x, x_hat = [], []
         for pair in self.pairs:
             observed = pair.model.nodes[names[0]]
-            fn = observed["fn"]
-            try:
-                mean = fn.mean
-            except (NotImplementedError, AttributeError) as error:
-                raise ValueError(
-                    f"observed site {names[0]!r} must have a mean, found {type(fn).__name__}"
-                ) from error
-            shape = fn.batch_shape + fn.event_shape
-            for values, value in ((x, observed["value"]), (x_hat, mean)):
-                values.append(self._to_points(value.expand(shape), observed, fn.event_dim))
+            value, mean = torch.broadcast_tensors(observed["value"], _mean(observed))
+            event_dim = observed["fn"].event_dim
+            x.append(self._to_points(value, observed, event_dim))
+            x_hat.append(self._to_points(mean, observed, event_dim))
         return torch.cat(x), torch.cat(x_hat)
 
     def aggregate(self) -> tuple[Tensor, Tensor]:
-        """Return samples of q(z) = E_x q(z|x), and as many of p(z): z of all points, not masked.
+        """Return samples of q(z) = E_x q(z|x), and as many of p(z): z of all points ``present``.
 
         Returns:
-            ``(z, draws)``, each [M, d], M = S N.
+            ``(z, draws)``, each [M, d], M = S N without a mask.
         """
         z, draws = self.z, self.sample_prior()
         if self.present is not None:
             z, draws = z[:, self.present], draws[:, self.present]
-        return z.reshape(-1, z.shape[-1]), draws.reshape(-1, z.shape[-1])
+        return z.flatten(0, 1), draws.flatten(0, 1)
 
     @cached_property
     def present(self) -> Tensor | None:
-        """Which data points a mask around the latents leaves [N], or None if it leaves all."""
-        masks = [self.pairs[0].model.nodes[name]["mask"] for name in self.latents]
-        if not isinstance(masks[0], Tensor) or any(mask is not masks[0] for mask in masks):
+        """Which data points have a site that no mask hides [N]; None if nothing masks all sites.
+
+        A mask of the latents alone, of one observed site or in the model alone hides no data
+        point.
+        """
+        sites = self._sites_of_points(self.pairs[0])
+        masks = [(mask, site) for site in sites if (mask := _mask(site)) is not None]
+        if len(masks) < len(sites):
             return None
-        site = self.pairs[0].model.nodes[self.latents[0]]
-        points = self._to_points(masks[0], site, 0)[0].reshape(self.num_points, -1)
-        return points.any(-1)
+        present = [self._to_points(mask, site, 0) for mask, site in masks]
+        return torch.stack([p.transpose(0, 1).flatten(1).any(-1) for p in present]).any(0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Average over particles and the data points at hand: values [S, N, *] → [*]."""
-        if self.present is not None:
-            values = values[:, self.present]
-        return values.mean((0, 1))
+        values = values.mean(0)
+        if self.present is None:
+            return values.mean(0)
+        return self._blank(values).sum(0) / self.present.sum().clamp(min=1)
 
     def total(self, values: Tensor) -> Tensor:
         """Average over particles and sum over the data set: values [S, N], or one for all.
 
         The sum is over the whole data set, of which a minibatch is scaled up, as in Pyro's ELBOs.
         """
-        values = values.expand(self.num_particles, self.num_points)
-        if self.present is not None:
-            values = values.where(self.present, values.new_zeros(()))
-        return (self.scale * values.mean(0)).sum()
+        values = values.expand(self.num_particles, self.num_points).mean(0)
+        return (self.scale * self._blank(values)).sum()
 
     # --- what a loss may ask for -----------------------------------------------------------------
 
@@ -317,46 +335,73 @@ class Terms:
     def check_decomposes(self, who: str) -> None:
         """Raise a ValueError, in the name of ``who``, unless log p(x, z) is a sum over points.
 
-        So that a logarithm may be taken of each point's average over particles. Two things stand
-        against it: a subsampled plate within the data plates, whose scale would stand inside the
-        logarithm, and an observed site outside them that depends on the latents.
+        So that a logarithm may be taken of each point's average over particles. Three things stand
+        against it: a subsampled plate that does not hold all sites, whose scale would stand inside
+        the logarithm; an observed site outside the data plates that depends on the latents; and
+        particles that are run one by one and draw different subsamples of the data.
         """
-        if not (self.shared == self.shared[0]).all():
-            names = [s["name"] for s in _observed(self.pairs[0].model) if not self._is_data(s)]
+        names = [s["name"] for s in _observed(self.pairs[0].model) if not self._is_data(s)]
+        if names and not torch.allclose(self.shared, self.shared[:1], equal_nan=True):
             raise ValueError(
                 f"{who}: the observed sites {names} lie outside the plates that hold all latent "
                 "sites and depend on them; expected observations of single data points there"
             )
-        inner = {plate.name for plate in self.plates} | {PARTICLES}
-        for site in (*_samples(self.pairs[0].model), *self._guide_sites):
-            if site["is_observed"] and not self._is_data(site):
-                continue
+        data = {plate.name for plate in self.plates}
+        for site in self._sites_of_points(self.pairs[0]):
             for frame in site["cond_indep_stack"]:
-                if frame.name not in inner and frame.dim is not None and _subsampling(frame) != 1:
+                within = frame.name not in data and not _is_one(self._factor(site))
+                if _subsampling(frame) != 1 and within:
                     raise ValueError(
                         f"{who}: site {site['name']!r} lies in the subsampled plate "
                         f"{frame.name!r} ({frame.size} of {frame.full_size}), which does not hold "
                         "all latent sites; its scale would stand inside the logarithm. Expected "
-                        f"subsampling of {sorted(inner - {PARTICLES}) or 'no plate'} only"
+                        f"subsampling of {sorted(data) or 'no plate'} only"
+                    )
+        others = self.pairs[1:] if self._plate_scale != 1 else []
+        for site in filter(self._is_data, _samples(self.pairs[0].model)):
+            for pair in others:
+                if not torch.equal(pair.model.nodes[site["name"]]["value"], site["value"]):
+                    raise ValueError(
+                        f"{who}: each particle draws its own subsample of the plates "
+                        f"{sorted(data)}, so that site {site['name']!r} has other data in each; "
+                        "expected vectorize_particles=True"
                     )
 
     def nonfinite(self) -> list[str]:
         """Name what is not finite: parameters, values and log densities of sites."""
-        return [found for pair in self.pairs for found in _nonfinite(pair)]
+        return list(dict.fromkeys(found for pair in self.pairs for found in _nonfinite(pair)))
 
     # --- shapes ----------------------------------------------------------------------------------
 
     def _is_data(self, site: dict) -> bool:
-        """Say whether an observed site lies in all data plates."""
-        names = {frame.name for frame in site["cond_indep_stack"]}
-        return site["is_observed"] and names >= {plate.name for plate in self.plates}
+        """Say whether a site of the model is observed and lies in all data plates."""
+        return site["is_observed"] and set(site["cond_indep_stack"]) >= set(self.plates)
+
+    def _in_data_dims(self, site: dict) -> bool:
+        """Say whether a site of the guide, which may name its plates otherwise, does so."""
+        dims = {frame.dim for frame in site["cond_indep_stack"]}
+        return dims >= {plate.dim for plate in self.plates}
+
+    def _sites_of_points(self, pair: TracePair) -> list[dict]:
+        """Return the sites in all data plates, the model's latent ones first."""
+        return [
+            *(pair.model.nodes[name] for name in self.latents),
+            *filter(self._is_data, _samples(pair.model)),
+            *filter(self._in_data_dims, _samples(pair.guide)),
+        ]
+
+    def _blank(self, values: Tensor) -> Tensor:
+        """Put 0 where a data point is not present: [N, *]."""
+        if self.present is None:
+            return values
+        present = self.present.reshape(-1, *(1,) * (values.dim() - 1))
+        return values.where(present, values.new_zeros(()))
 
     @cached_property
     def _common_factor(self) -> float | Tensor:
         """What ``poutine.scale`` says of all sites alike: a number or [N]; 1 if they differ."""
-        sites = [s for s in _samples(self.pairs[0].model) if not s["is_observed"]]
-        sites += [s for s in _samples(self.pairs[0].model) if self._is_data(s)]
-        factors = [s["scale"] / self._plate_scale for s in (*sites, *self._guide_sites)]
+        sites = self._sites_of_points(self.pairs[0])
+        factors = [site["scale"] / self._plate_scale for site in sites]
         if not all(_same(factor, factors[0]) for factor in factors[1:]):
             return 1.0
         factor = factors[0]
@@ -375,10 +420,9 @@ class Terms:
         return site["scale"] / self._plate_scale
 
     def _zeros(self) -> Tensor:
-        value = next(iter(_samples(self.pairs[0].model)))["value"]
+        value = self.pairs[0].model.nodes[self.latents[0]]["value"]
         count = self.num_particles if len(self.pairs) == 1 else 1
-        dtype = value.dtype if value.is_floating_point() else None
-        return torch.zeros(count, self.num_points, dtype=dtype, device=value.device)
+        return value.new_zeros(count, self.num_points)
 
     def _to_points(self, value: Tensor, site: dict, event_dim: int) -> Tensor:
         """Bring the batch dimensions to [S, N, *plates within, *event]."""
@@ -418,52 +462,41 @@ class Terms:
         points = self._to_points(log_prob, site, 0)
         return points.reshape(*points.shape[:2], -1).sum(-1)
 
-    def _log_density(self, chosen: Callable[[dict], bool]) -> Tensor:
-        def one(pair: TracePair) -> Tensor:
-            sites = (site for site in _samples(pair.model) if chosen(site))
-            return sum((self._density(site) for site in sites), self._zeros())
-
-        return torch.cat([one(pair) for pair in self.pairs])
+    def _log_density(self, sites: Callable[[TracePair], Iterable[dict]]) -> Tensor:
+        parts = [sum(map(self._density, sites(pair)), self._zeros()) for pair in self.pairs]
+        return torch.cat(parts)
 
     def _unconstrained_vector(self, site: dict) -> Tensor:
-        fn, value = site["fn"], site["value"]
-        event_dim = fn.event_dim
-        value = value.expand(fn.batch_shape + fn.event_shape)
-        support = fn.support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        if support not in (constraints.real, constraints.real_vector):
-            value = biject_to(fn.support).inv(value)
-        points = self._to_points(value, site, event_dim)
+        transform = biject_to(site["fn"].support)
+        value = transform.inv(site["value"])
+        gain = transform.codomain.event_dim - transform.domain.event_dim  # a matrix from a vector
+        points = self._to_points(value, site, site["fn"].event_dim - gain)
         return points.reshape(*points.shape[:2], -1)
 
     def _latent_vector(self, trace: poutine.Trace) -> Tensor:
         return torch.cat([self._unconstrained_vector(trace.nodes[n]) for n in self.latents], -1)
 
     @cached_property
-    def _kl_parts(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """KL by site [S, N, k] where in closed form, and (log q, log p) of the rest [S, N]."""
+    def _kl_parts(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """KL by site [S, N, k] where in closed form, and log q − log p [S, N] of the rest."""
         closed: dict[str, list[Tensor]] = {}
-        rest: tuple[list[Tensor], list[Tensor]] = ([], [])
+        rest: list[Tensor] = []
         for pair in self.pairs:
             in_guide = [n for n in pair.guide.stochastic_nodes if n in self.latents]
-            one_order = in_guide == list(self.latents)
-            log_q, log_p = self._zeros(), self._zeros()
-            for name in pair.guide.stochastic_nodes:
-                q = pair.guide.nodes[name]
-                p = pair.model.nodes.get(name)
-                kl = None
-                if self.analytic_kl and one_order and p is not None:
-                    kl = self._closed_form(q, p)
+            analytic = self.analytic_kl and in_guide == list(self.latents)
+            estimates = []
+            for q in filter(self._in_data_dims, _samples(pair.guide)):
+                p = pair.model.nodes[q["name"]] if q["name"] in self.latents else None
+                kl = self._closed_form(q, p) if analytic and p is not None else None
                 if kl is not None:
-                    closed.setdefault(name, []).append(kl)
-                    continue
-                log_q = log_q + self._density(q)
-                log_p = log_p if p is None else log_p + self._density(p)
-            rest[0].append(log_q)
-            rest[1].append(log_p)
+                    closed.setdefault(q["name"], []).append(kl)
+                else:
+                    log_p = 0.0 if p is None else self._density(p)
+                    estimates.append(self._density(q) - log_p)
+            if estimates:
+                rest.append(sum(estimates, self._zeros()))
         parts = {name: torch.cat(values) for name, values in closed.items()}
-        return parts, (torch.cat(rest[0]), torch.cat(rest[1]))
+        return parts, torch.cat(rest) if rest else None
 
     def _closed_form(self, q: dict, p: dict) -> Tensor | None:
         """Return KL(q ‖ p) of one site [S, N, k], or None where torch knows no closed form."""
@@ -472,14 +505,15 @@ class Terms:
         kl = _kl_divergence(q["fn"], p["fn"])
         if kl is None:
             return None
-        event_dim = kl.dim() - len(q["fn"].batch_shape)
-        kl = kl * self._factor(q)
+        event_dim = kl.dim() - max(len(q["fn"].batch_shape), len(p["fn"].batch_shape))
+        trailing = (1,) * event_dim
         if q["mask"] is not None:
             mask = torch.as_tensor(q["mask"], device=kl.device)
-            kl = kl.where(mask.reshape(mask.shape + (1,) * event_dim), kl.new_zeros(()))
-        points = self._to_points(kl, q, event_dim)
-        if event_dim == 0:
-            return points.reshape(*points.shape[:2], -1).sum(-1, keepdim=True)
+            kl = kl.where(mask.reshape(mask.shape + trailing), kl.new_zeros(()))
+        factor = self._factor(q)
+        if isinstance(factor, Tensor):
+            factor = factor.reshape(factor.shape + trailing)
+        points = self._to_points(kl * factor, q, event_dim)
         return points.reshape(*points.shape[:2], -1)
 
 
@@ -528,6 +562,8 @@ def _kl_divergence(q: Any, p: Any) -> Tensor | None:
     """Return KL by coordinate [*batch, *event] where it splits so, else [*batch]; or None."""
     if isinstance(_base(q), Delta):  # its registered KL leaves out the log density it carries
         return None
+    if _is_masked(q) or _is_masked(p):  # the two masks may differ
+        return None
     if (
         isinstance(q, Independent)
         and isinstance(p, Independent)
@@ -548,23 +584,54 @@ def _kl_divergence(q: Any, p: Any) -> Tensor | None:
         return None
 
 
+def _is_masked(fn: Any) -> bool:
+    return isinstance(fn, MaskedDistribution) or (
+        hasattr(fn, "base_dist") and _is_masked(fn.base_dist)
+    )
+
+
+def _mask(site: dict) -> Tensor | None:
+    """Return the mask around a site and of its distribution, None if there is none."""
+    masks = (site["mask"], getattr(site["fn"], "_mask", None))
+    found = [
+        torch.as_tensor(m, device=site["value"].device)
+        for m in masks
+        if m is not None and m is not True
+    ]
+    return reduce(and_, found) if found else None
+
+
+def _mean(site: dict) -> Tensor:
+    fn = site["fn"]
+    try:
+        if not isinstance(_base(fn), Categorical | Cauchy):  # theirs is NaN
+            return fn.mean
+    except (NotImplementedError, AttributeError):
+        pass
+    raise ValueError(
+        f"observed site {site['name']!r} must have a mean, found {type(_base(fn)).__name__}"
+    )
+
+
 def _samples(trace: poutine.Trace) -> Iterator[dict]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and name not in ("_INPUT", "_RETURN"):
+    """Yield the sites with a density: not those of ``pyro.deterministic``."""
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
             yield site
 
 
 def _observed(trace: poutine.Trace) -> Iterator[dict]:
-    for site in _samples(trace):
-        if site["is_observed"] and not site["infer"].get("_deterministic"):
-            yield site
+    return (site for site in _samples(trace) if site["is_observed"])
 
 
 def _log_prob(site: dict) -> Tensor:
-    try:
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    except ValueError as error:
-        raise ValueError(f"log density of site {site['name']!r}: {error}") from error
+    """Return a site's log density, masked but not scaled."""
+    log_prob = site.get("unscaled_log_prob")
+    if log_prob is None:
+        try:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        except ValueError as error:
+            raise ValueError(f"log density of site {site['name']!r}: {error}") from error
     return scale_and_mask(log_prob, 1.0, site["mask"])
 
 
@@ -572,7 +639,13 @@ def _like_log_prob(site: dict) -> Tensor:
     """Return something of the shape of a site's log density, at no cost."""
     fn, value = site["fn"], torch.as_tensor(site["value"])
     batch = value.shape[: value.dim() - fn.event_dim]
-    return torch.empty(()).expand(torch.broadcast_shapes(fn.batch_shape, batch))
+    try:
+        return torch.empty(()).expand(torch.broadcast_shapes(fn.batch_shape, batch))
+    except RuntimeError as error:
+        raise ValueError(
+            f"site {site['name']!r}: found a value of shape {list(value.shape)}, expected "
+            f"{list(fn.batch_shape + fn.event_shape)}, that of its distribution"
+        ) from error
 
 
 def _subsampling(frame: Any) -> float:
@@ -597,6 +670,8 @@ def _data_plates(latents: list[dict], guide_sites: list[dict]) -> list[Any]:
             continue
         if not all(frame in site["cond_indep_stack"] for site in latents):
             continue
+        if frame.size < 0:
+            raise ValueError(f"plate {frame.name!r} must have a size, found none")
         others = [[f for f in s["cond_indep_stack"] if f.dim == frame.dim] for s in guide_sites]
         if not all(others):
             continue
@@ -615,18 +690,40 @@ def _check_match(pair: TracePair) -> None:
     model, guide = set(pair.model.stochastic_nodes), set(pair.guide.stochastic_nodes)
     if missing := sorted(model - guide):
         raise ValueError(f"the guide must sample the model's latent sites {missing}; found none")
-    for name in sorted(guide - model):
-        if not pair.guide.nodes[name]["infer"].get("is_auxiliary"):
+    for site in _samples(pair.guide):
+        name, fn = site["name"], site["fn"]
+        if name not in model and not site["infer"].get("is_auxiliary"):
             raise ValueError(
                 f"guide site {name!r} is no latent site of the model, which has {sorted(model)}; "
                 "expected infer={'is_auxiliary': True} if this is meant"
             )
-    for name, site in pair.guide.iter_stochastic_nodes():
-        if not site["fn"].has_rsample:
+        if not fn.has_rsample:
             raise ValueError(
                 f"guide site {name!r} must be reparameterisable (have rsample), "
-                f"found {type(_base(site['fn'])).__name__}"
+                f"found {type(_base(fn)).__name__}"
             )
+        if name in model:
+            p = pair.model.nodes[name]["fn"]
+            found, expected = site["value"].shape, p.batch_shape + p.event_shape
+            sizes = zip_longest(reversed(found), reversed(expected), fillvalue=1)
+            if any(a != b for a, b in sizes) or fn.event_dim != p.event_dim:
+                raise ValueError(
+                    f"guide site {name!r}: found shape {list(found)} with {fn.event_dim} event "
+                    f"dimensions, expected {list(expected)} with {p.event_dim}, as in the model"
+                )
+
+
+def _check_subsamples(model: poutine.Trace, guide: poutine.Trace) -> None:
+    """Raise a ValueError if the guide draws data points that the model knows nothing of."""
+    for name, site in guide.nodes.items():
+        if site_is_subsample(site) and name not in model.nodes:
+            size, count = site["fn"].size, site["fn"].subsample_size
+            if count is not None and count < size:
+                raise ValueError(
+                    f"guide plate {name!r} draws a subsample, {count} of {size}, but the model has "
+                    "no plate of this name; expected the same name in both, so that the model "
+                    "sees the same data points"
+                )
 
 
 def _nonfinite(pair: TracePair) -> Iterator[str]:
@@ -638,5 +735,5 @@ def _nonfinite(pair: TracePair) -> Iterator[str]:
             name = site["name"]
             if not torch.as_tensor(site["value"]).isfinite().all():
                 yield f"the value of {owner} site {name!r}"
-            elif not site["fn"].log_prob(site["value"]).isfinite().all():
+            elif not _log_prob(site).isfinite().all():
                 yield f"log_prob of {owner} site {name!r}"
