@@ -39,7 +39,7 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         tolerance: κ of the default constraint, a root mean square per element; with another
             constraint, what it may reach, subtracted from it.
         decay: a.
-        rate: ν, for C̄ per element of 0.01 or so; take less for larger values.
+        rate: ν, fit for errors per element of 0.01 to 0.1; take less for larger values.
         bounds: The range in which λ is kept.
         site: The observed site's name; needed only where there are several.
         **kwargs: Those of :class:`~pyro_vae.losses.TermsELBO`.
@@ -78,7 +78,7 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         tolerance: float | None = None,
         *,
         decay: float = 0.99,
-        rate: float = 1.0,
+        rate: float = 0.3,
         bounds: tuple[float, float] = (1e-6, 1e6),
         site: str | None = None,
         **kwargs: Any,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..divergences import MMD, Adversarial, Divergence
+from ..divergences import MMD, Divergence
 from ..terms import Terms
 from .base import TermsELBO
 
@@ -39,9 +39,9 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         alpha: α ≤ 1. The mutual information of x and z is raised by α (as the paper has it).
         lambda\_: λ > 0, with α + λ ≥ 1.
         divergence: D, one of :mod:`pyro_vae.divergences` or a callable of z [M, d] and draws from
-            the prior [M, d]. :class:`~pyro_vae.divergences.MMD` by default.
-            :class:`~pyro_vae.divergences.Adversarial` brings a second player, which
-            ``adversary`` trains and :func:`pyro_vae.fit` drives.
+            the prior [M, d]. :class:`~pyro_vae.divergences.MMD` by default. One that has a method
+            ``adversary``, as :class:`~pyro_vae.divergences.Adversarial`, brings a second player,
+            which this loss's ``adversary`` trains and :func:`pyro_vae.fit` drives.
         **kwargs: Those of :class:`~pyro_vae.losses.TermsELBO`.
 
     Raises:
@@ -105,7 +105,7 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     @property
     def needs_adversary(self) -> bool:
         """Whether D is learned by an adversary."""
-        return self.weight != 0 and isinstance(self.divergence, Adversarial)
+        return self.weight != 0 and hasattr(self.divergence, "adversary")
 
     def own_adversary(self, terms: Terms) -> Tensor:
         """Return the loss of D's discriminator."""
