@@ -55,8 +55,12 @@ class TermsELBO(ELBO, nn.Module):
         torch.Size([])
     """
 
-    #: Whether the loss itself has an adversary to train, whatever the guide.
-    needs_adversary = False
+    # of pyro.infer.ELBO
+    num_particles: int
+    vectorize_particles: bool
+    max_plate_nesting: float
+    retain_graph: bool | None
+    _vectorized_num_particles: Callable[[Callable], Callable]
 
     def __init__(
         self,
@@ -159,6 +163,11 @@ class TermsELBO(ELBO, nn.Module):
                 "needs no adversary, Implicit and AutoImplicit do"
             )
         return sum(losses[1:], losses[0])
+
+    @property
+    def needs_adversary(self) -> bool:
+        """Whether the loss itself has an adversary to train, whatever the guide."""
+        return False
 
     def own_adversary(self, terms: Terms) -> Tensor:
         """Return the loss of the loss's own adversary, if it ``needs_adversary``."""

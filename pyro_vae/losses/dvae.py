@@ -77,7 +77,7 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         super().__init__(num_particles=elbo.num_particles, retain_graph=elbo.retain_graph)
         self.noise_scale = noise_scale
         self.mix = mix
-        self.elbo = elbo
+        self.elbo: TermsELBO = elbo
         self.inputs = None if inputs is None else tuple(inputs)
 
     def adversary(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:

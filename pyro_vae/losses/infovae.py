@@ -86,7 +86,7 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         self.alpha = alpha
         self.lambda_ = lambda_
         self.weight = alpha + lambda_ - 1 if abs(alpha + lambda_ - 1) > 1e-12 else 0.0
-        self.divergence = MMD() if divergence is None else divergence
+        self.divergence: Any = MMD() if divergence is None else divergence
 
     def formula(self, terms: Terms) -> Tensor:
         """Return equation 6, negated, with D(q(z), p(z)) for each datum."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vae import NonFiniteError, fit
 from pyro_vae.divergences import MMD, Stein
 from pyro_vae.guides import Gaussian
-from pyro_vae.losses import BetaVAE_ELBO, DVAE_ELBO, GECO_ELBO, InfoVAE_ELBO, TermsELBO
+from pyro_vae.losses import DVAE_ELBO, GECO_ELBO, BetaVAE_ELBO, InfoVAE_ELBO, TermsELBO
 from pyro_vae.nn import MLP
 from pyro_vae.svi import constant, cosine
 
