@@ -88,7 +88,7 @@ def get_trace_pair(
     for site in _samples(pair.guide):
         if isinstance(_base(site["fn"]), TransformedDistribution):
             # Now: a flow remembers how it came by its last sample, and may have no inverse.
-            site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
+            site["unscaled_log_prob"] = _unmasked_log_prob(site)
     if is_validation_enabled():
         for trace in pair:
             for site in _samples(trace):
@@ -185,13 +185,10 @@ class Terms:
         """Log density of the observed sites outside the data plates [S], minus the guide's."""
 
         def one(pair: TracePair) -> Tensor:
-            model = [site for site in _observed(pair.model) if not self._is_data(site)]
-            guide = [site for site in _samples(pair.guide) if not self._in_data_dims(site)]
             total = self._zeros()[:, 0]
-            for sign, sites in ((1, model), (-1, guide)):
-                for site in sites:  # in no data plate: all of the scale is the site's own
-                    log_prob = _log_prob(site) * site["scale"]
-                    total = total + sign * self._to_particles(log_prob)
+            for sign, site in self._outside(pair):
+                # In no data plate: all of the scale is the site's own.
+                total = total + sign * self._to_particles(_log_prob(site) * site["scale"])
             return total
 
         return torch.cat([one(pair) for pair in self.pairs])
@@ -340,7 +337,7 @@ class Terms:
         the logarithm; an observed site outside the data plates that depends on the latents; and
         particles that are run one by one and draw different subsamples of the data.
         """
-        names = [s["name"] for s in _observed(self.pairs[0].model) if not self._is_data(s)]
+        names = [site["name"] for _, site in self._outside(self.pairs[0])]
         if names and not torch.allclose(self.shared, self.shared[:1], equal_nan=True):
             raise ValueError(
                 f"{who}: the observed sites {names} lie outside the plates that hold all latent "
@@ -389,6 +386,11 @@ class Terms:
             *filter(self._is_data, _samples(pair.model)),
             *filter(self._in_data_dims, _samples(pair.guide)),
         ]
+
+    def _outside(self, pair: TracePair) -> list[tuple[int, dict]]:
+        """Return the observed sites outside the data plates, the guide's with the sign −1."""
+        model = [(1, site) for site in _observed(pair.model) if not self._is_data(site)]
+        return model + [(-1, s) for s in _observed(pair.guide) if not self._in_data_dims(s)]
 
     def _blank(self, values: Tensor) -> Tensor:
         """Put 0 where a data point is not present: [N, *]."""
@@ -626,13 +628,16 @@ def _observed(trace: poutine.Trace) -> Iterator[dict]:
 
 def _log_prob(site: dict) -> Tensor:
     """Return a site's log density, masked but not scaled."""
-    log_prob = site.get("unscaled_log_prob")
-    if log_prob is None:
-        try:
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        except ValueError as error:
-            raise ValueError(f"log density of site {site['name']!r}: {error}") from error
+    log_prob = site.get("unscaled_log_prob")  # Pyro's name of it in a trace
+    log_prob = _unmasked_log_prob(site) if log_prob is None else log_prob
     return scale_and_mask(log_prob, 1.0, site["mask"])
+
+
+def _unmasked_log_prob(site: dict) -> Tensor:
+    try:
+        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        raise ValueError(f"log density of site {site['name']!r}: {error}") from error
 
 
 def _like_log_prob(site: dict) -> Tensor:

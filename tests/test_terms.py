@@ -108,6 +108,7 @@ def case(make: Callable[[], Case]) -> Callable[[], Case]:
 def pair(
     *,
     model_z: Callable = lambda: normal(3, event_dim=1),
+    guide_z: Callable = lambda fn: fn,
     around: Callable = lambda site: lambda f: f,
     wrap: Callable = lambda f: f,
     wrap_guide: Callable | None = None,
@@ -136,7 +137,7 @@ def pair(
         outside_of_guide()
         with (guide_plate or model_plate)() as idx:
             loc, scale = param("loc", size, 3)[idx], positive("scale", size, 3)[idx]
-            sample("guide", "z", dist.Normal(loc, scale).to_event(1))
+            sample("guide", "z", guide_z(dist.Normal(loc, scale).to_event(1)))
             more_of_guide()
 
     return wrap(model), (wrap_guide or wrap)(guide)
@@ -211,6 +212,14 @@ def only(name: str, handler: Any) -> Callable:
 
 
 @case
+def scaled_by_a_tensor() -> Case:
+    def scaled(f: Callable) -> Callable:
+        return poutine.scale(f, scale=torch.tensor(0.3, dtype=F64))
+
+    return Case(*pair(wrap=scaled, wrap_guide=scaled), num_points=4)
+
+
+@case
 def kl_annealed() -> Case:
     return Case(*pair(around=only(" z", poutine.scale(scale=0.2))), num_points=4)
 
@@ -278,8 +287,11 @@ def masked_out() -> Case:
 def masked_distributions() -> Case:
     """The prior's mask is another than the guide's: no closed form."""
     mask = torch.tensor([True, False, True, True])
-    model, guide = pair(model_z=lambda: normal(4, 3, event_dim=1).mask(mask))
-    return Case(model, guide, num_points=4, mean_field=False)
+    model, guide = pair(
+        model_z=lambda: normal(4, 3, event_dim=1).mask(mask),
+        guide_z=lambda fn: fn.mask(mask.flip(0)),
+    )
+    return Case(model, guide, num_points=4, mean_field=False)  # Pyro takes what is in both masks
 
 
 @case
@@ -342,6 +354,22 @@ def guide_with_auxiliary_site() -> Case:
             pyro.sample("z", dist.Normal(u, 0.5))
 
     return Case(model, guide, num_points=4)
+
+
+@case
+def guide_with_auxiliary_site_outside() -> Case:
+    """Latents of different data points depend on one another: they are one point."""
+    model, _ = pair()
+
+    def mixed() -> None:
+        fn = dist.Normal(param("loc u"), positive("scale u"))
+        u = pyro.sample("u", fn, infer={"is_auxiliary": True})
+        _, guide = pair(
+            guide_z=lambda fn: dist.Normal(u.unsqueeze(-1) + fn.base_dist.loc, 0.5).to_event(1)
+        )
+        guide()
+
+    return Case(model, mixed)
 
 
 @case
@@ -740,6 +768,7 @@ def test_kl_by_coordinate_and_site():
         ("subsample_given", 20 / 3),
         ("two_data_plates", 3.0),
         ("scaled_by_a_number", 0.3),
+        ("scaled_by_a_tensor", 0.3),
         ("scaled_by_point", ramp(4, low=0.5, high=3.0)),
         ("scaled_by_point_and_subsampled", 5 * ramp(4, low=0.5, high=3.0)),
         ("kl_annealed", 1.0),
@@ -872,7 +901,11 @@ def test_reconstruction_of_images(vectorize, num_particles):
 
 
 def test_reconstruction_of_the_one_observed_site():
-    model, guide = pair(more=lambda z: pyro.factor("penalty", -z.square().sum(-1)))
+    def more(z: Tensor) -> None:
+        pyro.factor("penalty", -z.square().sum(-1))
+        pyro.deterministic("logits", z, event_dim=1)
+
+    model, guide = pair(more=more)
     x, mean = terms_of(model, guide).reconstruction()
     assert x.equal(ramp(4, 2)[None])
     assert mean.shape == (1, 4, 2)
@@ -1161,6 +1194,15 @@ def test_what_does_not_decompose():
 
     terms = terms_of(model, local(), num_particles=2, max_plate_nesting=1)
     with pytest.raises(ValueError, match=r"This: the observed sites \['outside'\] lie outside"):
+        terms.check_decomposes("This")
+
+    def guide() -> None:
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", normal())
+        pyro.factor("jacobian", z.sum(-1, keepdim=z.dim() > 1), has_rsample=True)
+
+    terms = terms_of(local(), guide, num_particles=2, max_plate_nesting=1)
+    with pytest.raises(ValueError, match=r"This: the observed sites \['jacobian'\] lie outside"):
         terms.check_decomposes("This")
 
     case = CASES["subsample_drawn"]()
