@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import ContinuousBernoulli, Delta, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
@@ -250,6 +250,20 @@ class Terms:
             )
         return torch.cat([self._latent_vector(trace) for trace in self.run_model()])
 
+    def observed_site(self, name: str | None = None) -> str:
+        """Return the name of the observed site in the data plates, or ``name`` if it is one.
+
+        Raises:
+            ValueError: If there is no such site, or several to choose from, factors aside.
+        """
+        found = [s["name"] for s in _observed(self.pairs[0].model) if not site_is_factor(s)]
+        names = [n for n in found if self._is_data(self.pairs[0].model.nodes[n])]
+        names = [n for n in names if n == name or name is None]
+        if len(names) != 1:
+            expected = "one in the data plates, or a name" if name is None else repr(name)
+            raise ValueError(f"observed site: expected {expected}, found {found}")
+        return names[0]
+
     def reconstruction(self, site: str | None = None) -> tuple[Tensor, Tensor]:
         r"""Return an observed site's value x and the mean x̂ of its distribution.
 
@@ -263,31 +277,61 @@ class Terms:
         Raises:
             ValueError: If there is no such site, or its distribution has no mean.
         """
-        found = [s["name"] for s in _observed(self.pairs[0].model) if not site_is_factor(s)]
-        names = [n for n in found if self._is_data(self.pairs[0].model.nodes[n])]
-        names = [name for name in names if name == site or site is None]
-        if len(names) != 1:
-            expected = "one in the data plates, or a name" if site is None else repr(site)
-            raise ValueError(f"observed site: expected {expected}, found {found}")
+        name = self.observed_site(site)
         x, x_hat = [], []
         for pair in self.pairs:
-            observed = pair.model.nodes[names[0]]
+            observed = pair.model.nodes[name]
             value, mean = torch.broadcast_tensors(observed["value"], _mean(observed))
             event_dim = observed["fn"].event_dim
             x.append(self._to_points(value, observed, event_dim))
             x_hat.append(self._to_points(mean, observed, event_dim))
         return torch.cat(x), torch.cat(x_hat)
 
+    def unmasked(self, site: str) -> Tensor | None:
+        """Return which data points of an observed site no mask hides [S, N], None for all.
+
+        Raises:
+            ValueError: If a mask hides a part of some data points.
+        """
+        masks = []
+        for pair in self.pairs:
+            observed = pair.model.nodes[site]
+            mask = _mask(observed)
+            points = None if mask is None else self._to_points(mask, observed, 0)
+            if points is not None:
+                points = points.reshape(*points.shape[:2], -1)
+            hidden = _is_masked(getattr(observed["fn"], "base_dist", None))
+            if hidden or (points is not None and not (points == points[..., :1]).all()):
+                raise ValueError(
+                    f"observed site {site!r}: expected a mask of whole data points, found one "
+                    "that hides parts of them"
+                )
+            if points is None:
+                return None
+            masks.append(points[..., 0])
+        return torch.cat(masks)
+
+    def log_likelihood_without(self, site: str) -> Tensor:
+        """Log density [S, N] of the observed sites in the data plates, but for one."""
+        return self._log_density(
+            lambda pair: (s for s in _samples(pair.model) if self._is_data(s) and s["name"] != site)
+        )
+
     def aggregate(self) -> tuple[Tensor, Tensor]:
-        """Return samples of q(z) = E_x q(z|x), and as many of p(z): z of all points ``present``.
+        """Return samples of q(z) = E_x q(z|x), and as many of p(z), in independent groups.
+
+        A group is z of all points ``present``, for one particle: particles of one point are no
+        independent samples of q(z). Where there is one data point they are, and all in one group.
 
         Returns:
-            ``(z, draws)``, each [M, d], M = S N without a mask.
+            ``(z, draws)``, each [S, M, d], M = N without a mask; [1, S, d] for one data point.
         """
         z, draws = self.z, self.sample_prior()
         if self.present is not None:
             z, draws = z[:, self.present], draws[:, self.present]
-        return z.flatten(0, 1), draws.flatten(0, 1)
+        if self.num_points == 1:
+            z, draws = z.transpose(0, 1), draws.transpose(0, 1)
+        return z, draws
 
     @cached_property
     def present(self) -> Tensor | None:
@@ -562,7 +606,9 @@ def _base(fn: Any) -> Any:
 
 def _kl_divergence(q: Any, p: Any) -> Tensor | None:
     """Return KL by coordinate [*batch, *event] where it splits so, else [*batch]; or None."""
-    if isinstance(_base(q), Delta):  # its registered KL leaves out the log density it carries
+    # A Delta's registered KL leaves out the log density it carries; a ContinuousBernoulli's from
+    # a Uniform is infinite in torch.
+    if isinstance(_base(q), Delta | ContinuousBernoulli):
         return None
     if _is_masked(q) or _is_masked(p):  # the two masks may differ
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -821,8 +822,44 @@ def test_a_point_is_absent_if_all_its_sites_are_masked(name, present, num_partic
     torch.testing.assert_close(terms.mean(parts), parts[:, kept].mean((0, 1)))
     torch.testing.assert_close(terms.total(values), values[:, kept].sum() / num_particles)
     z, draws = terms.aggregate()
-    assert z.equal(terms.z[:, kept].flatten(0, 1))
+    assert z.equal(terms.z[:, kept])
     assert draws.shape == z.shape
+
+
+def test_particles_of_the_only_data_point_are_one_group():
+    def model() -> None:
+        pyro.sample("z", normal(3).to_event(1))
+
+    terms = terms_of(model, model, num_particles=5)
+    z, draws = terms.aggregate()
+    assert z.shape == draws.shape == (1, 5, 3)
+    assert z[0].equal(terms.z[:, 0])
+
+
+def test_what_a_mask_leaves_of_an_observed_site():
+    def model(mask: Tensor, event: bool = False) -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", normal())
+            fn = dist.Normal(z.unsqueeze(-1).expand((*z.shape, 2)), 1.0)
+            fn = fn.mask(mask).to_event(1) if event else fn.to_event(1).mask(mask)
+            pyro.sample("x", fn, obs=ramp(3, 2))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=ramp(3))
+
+    def guide(*args: Any) -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("z", normal())
+
+    mask = torch.tensor([True, False, True])
+    terms = terms_of(partial(model, mask), guide, num_particles=2)
+    assert terms.unmasked("x").tolist() == [mask.tolist()] * 2
+    assert terms.unmasked("y") is None
+    rest = terms.pairs[0].model.nodes["y"]
+    expected = rest["fn"].log_prob(rest["value"]).reshape(2, 3)
+    torch.testing.assert_close(terms.log_likelihood_without("x"), expected)
+    pixels = torch.tensor([[True, True], [True, False], [True, True]])
+    terms = terms_of(partial(model, pixels, True), guide)
+    with pytest.raises(ValueError, match="observed site 'x': expected a mask of whole data points"):
+        terms.unmasked("x")
 
 
 @pytest.mark.parametrize("by", ["poutine", "distribution"])
@@ -858,7 +895,7 @@ def test_all_masked():
     terms = terms_of(model, guide)
     assert terms.present.tolist() == [False] * 4
     assert terms.total(ramp(1, 4)) == terms.mean(ramp(1, 4)) == 0
-    assert terms.aggregate()[0].shape == (0, 3)
+    assert terms.aggregate()[0].shape == (1, 0, 3)
     elbo = ELBO(max_plate_nesting=1)
     assert elbo.loss(model, guide) == 0
 

@@ -29,7 +29,8 @@ class AVB_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     :class:`~pyro_vae.ratios.AdaptiveContrast` its Algorithm 2. A guide whose density is known
     needs no second player; its loss is the usual ELBO.
 
-    The value is what the *discriminator claims*. Too weak a discriminator claims too much.
+    The value is what the *discriminator claims*. Too weak a one claims too small a KL, and the loss
+    looks too low.
 
     Every loss of this library has ``adversary``; this one is the plain ELBO, with the particles
     that one posterior wants. For an amortised guide take ``num_particles=1`` or a few.

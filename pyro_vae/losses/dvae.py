@@ -30,7 +30,7 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
 
     Args:
         noise_scale: σ, in the units of the data.
-        mix: a, the weight of the loss without noise, in [0, 1].
+        mix: a, the weight of the loss without noise, in [0, 1).
         elbo: The loss inside, one of this library's;
             :class:`~pyro_vae.losses.BetaVAE_ELBO`, an ELBO, by default.
         inputs: Names of the model's arguments that are the guide's input and get the noise; the
@@ -38,12 +38,12 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         **kwargs: Those of the default loss inside.
 
     Raises:
-        ValueError: For a negative σ, a mix outside [0, 1], an inner loss that is not one of
+        ValueError: For a negative σ, a mix outside [0, 1), an inner loss that is not one of
             this library's. On use: for an input that is not there, or not of floating point.
 
     References:
         | Amortized Inference Regularization (Shu, Bui, Zhao, Kochenderfer, Ermon, 2018),
-        | sections 3.1, 3.2 and 5
+        | section 3.1, equations 13 and 16, and section 4
         | https://arxiv.org/abs/1805.08913
 
     Example:
@@ -64,8 +64,10 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     ) -> None:
         if not noise_scale >= 0:
             raise ValueError(f"noise_scale must not be negative, found {noise_scale}")
-        if not 0 <= mix <= 1:
-            raise ValueError(f"mix must be in [0, 1], found {mix}")
+        if not 0 <= mix < 1:
+            raise ValueError(
+                f"mix must be in [0, 1), found {mix}; without noise, use the loss inside alone"
+            )
         if elbo is None:
             elbo = BetaVAE_ELBO(**kwargs)
         elif kwargs:
@@ -82,7 +84,12 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
 
     def adversary(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Return the inner loss's adversary, for the guide as it is used: with noisy inputs."""
-        return self.elbo.adversary(model, self._noisy(model, guide, args, kwargs), *args, **kwargs)
+        noisy = self._noisy(model, guide, args, kwargs)
+        loss = self.elbo.adversary(model, noisy, *args, **kwargs)
+        if self.mix:
+            clean = self.elbo.adversary(model, guide, *args, **kwargs)
+            loss = self.mix * clean + (1 - self.mix) * loss
+        return loss
 
     @property
     def needs_adversary(self) -> bool:
@@ -93,11 +100,12 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict, *, advance: bool
     ) -> tuple[Tensor, Terms]:
         noisy = self._noisy(model, guide, args, kwargs)
+        if self.mix == 0:
+            return self.elbo._evaluate(model, noisy, args, kwargs, advance=advance)
+        # Both at the same state of the loss inside, which then advances on the noisy part.
+        clean, _ = self.elbo._evaluate(model, guide, args, kwargs, advance=False)
         loss, terms = self.elbo._evaluate(model, noisy, args, kwargs, advance=advance)
-        if self.mix:
-            clean, _ = self.elbo._evaluate(model, guide, args, kwargs, advance=False)
-            loss = self.mix * clean + (1 - self.mix) * loss
-        return loss, terms
+        return self.mix * clean + (1 - self.mix) * loss, terms
 
     def _noisy(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Callable:
         """Return the guide with one draw of the noise on its inputs, whatever it is called with."""

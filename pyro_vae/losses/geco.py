@@ -29,15 +29,17 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     .. math:: \bar C \leftarrow a \bar C + (1 - a) \hat C, \qquad
         \lambda \leftarrow \lambda \exp(\nu \bar C)
 
-    λ and C̄ are buffers: saved, restored and moved with the loss. 1/λ is the equivalent β. The
-    observation's own distribution takes no part but for its mean.
+    λ and C̄ are buffers: saved, restored and moved with the loss. Of the constrained observation's
+    distribution only mean and mask take part; other observed sites keep their log densities.
+    1/λ is the equivalent β in the units of the constraint: for an error per element, of D, and a
+    Gaussian of variance s², β = D / (2 s² λ).
 
     Args:
         constraint: A callable of x and x̂, [M, \*shape] each, to values [M], at most 0 where
             satisfied; or a mapping from names to such. See :mod:`pyro_vae.constraints`.
             :class:`~pyro_vae.constraints.ReconstructionError` by default.
-        tolerance: κ of the default constraint, a root mean square per element; with another
-            constraint, what it may reach, subtracted from it.
+        tolerance: κ of the default constraint, a root mean square per element; or what another
+            constraint may reach, subtracted from it, if it has no tolerance of its own.
         decay: a.
         rate: ν, fit for errors per element of 0.01 to 0.1; take less for larger values.
         bounds: The range in which λ is kept.
@@ -50,7 +52,7 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
             point, an observed site without a mean, several without ``site``.
 
     References:
-        | Taming VAEs (Rezende, Viola, 2018), equation 3 and algorithm 1
+        | Taming VAEs (Rezende, Viola, 2018), equation 2 and algorithm 1
         | https://arxiv.org/abs/1810.00597
 
     Example:
@@ -91,6 +93,12 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
             constraint = {"constraint": constraint}
         if not constraint:
             raise ValueError("expected at least one constraint, found none")
+        for name, c in constraint.items():
+            if tolerance is not None and hasattr(c, "tolerance"):
+                raise ValueError(
+                    f"constraint {name!r} has a tolerance of {c.tolerance}, found another: "
+                    f"{tolerance}"
+                )
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), found {decay}")
         if not rate > 0:
@@ -111,31 +119,35 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
 
     def formula(self, terms: Terms) -> Tensor:
         """Return the Lagrangian at the present multipliers."""
-        constrained = torch.zeros_like(terms.kl)
+        site = terms.observed_site(self.site)
+        x, x_hat = (value.flatten(0, 1) for value in terms.reconstruction(site))
+        unmasked = terms.unmasked(site)
+        loss = terms.kl - terms.log_likelihood_without(site)
         averages = []
         for i, (name, constraint) in enumerate(self.constraints.items()):
-            c = self._values(terms, name, constraint)  # [S, N]
-            c_hat = terms.mean(c).detach()
+            c = constraint(x, x_hat)
+            if c.shape != x.shape[:1]:
+                raise ValueError(
+                    f"constraint {name!r} must give one value a data point: found the shape "
+                    f"{list(c.shape)}, expected {[len(x)]}"
+                )
+            c = (c - self.tolerance).reshape(terms.num_particles, terms.num_points)
+            share: float | Tensor = 1.0
+            if unmasked is not None:
+                c = c.where(unmasked, c.new_zeros(()))
+                share = terms.mean(unmasked.to(c)).clamp(min=torch.finfo(c.dtype).tiny)
+            c_hat = (terms.mean(c) / share).detach()
             c_bar = self.moving_averages[i].lerp(c_hat.to(self.moving_averages), 1 - self.decay)
             c_bar = torch.where(self.num_steps == 0, c_hat.to(c_bar), c_bar)  # C̄⁰ = Ĉ⁰
             averages.append(c_bar)
-            constrained = constrained + self.multipliers[i] * (c + (c_bar - c_hat))
+            loss = loss + self.multipliers[i] * (c + share * (c_bar - c_hat))
         self._averages = torch.stack(averages)
-        return terms.total(terms.kl + constrained)
+        return terms.total(loss)
 
     def advance(self, terms: Terms) -> None:
-        """Move the averages and the multipliers."""
-        self.moving_averages = self._averages
+        """Move the averages and the multipliers, but for a step that is not finite."""
+        good = self._averages.isfinite()
+        self.moving_averages = self._averages.where(good, self.moving_averages)
         grown = self.multipliers * (self.rate * self.moving_averages).exp()
-        self.multipliers = grown.clamp(*self.bounds)
-        self.num_steps = self.num_steps + 1
-
-    def _values(self, terms: Terms, name: str, constraint: Constraint) -> Tensor:
-        x, x_hat = (value.flatten(0, 1) for value in terms.reconstruction(self.site))
-        values = constraint(x, x_hat)
-        if values.shape != x.shape[:1]:
-            raise ValueError(
-                f"constraint {name!r} must give one value a data point: found the shape "
-                f"{list(values.shape)}, expected {[len(x)]}"
-            )
-        return (values - self.tolerance).reshape(terms.num_particles, terms.num_points)
+        self.multipliers = grown.clamp(*self.bounds).where(good, self.multipliers)
+        self.num_steps = self.num_steps + good.all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..divergences import MMD, Divergence
@@ -21,8 +22,10 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         + (\alpha + \lambda - 1) \, D(q(z), p(z))
 
     summed over the data set. q(z) = E_x q(z|x) is the aggregate posterior: D compares z of the
-    *whole minibatch* (and of all particles) with as many draws from the prior, in unconstrained
-    space. The bigger the batch, the better it knows q(z).
+    *whole minibatch* with as many draws from the prior, in unconstrained space. The bigger the
+    batch, the better it knows q(z). With several particles D is the average of each one's, since
+    particles of one x are no independent samples of q(z); for one data point they are, and
+    are taken together.
 
     ========================  ==========  =======  ====================
     objective                 α           λ        D
@@ -41,7 +44,8 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         divergence: D, one of :mod:`pyro_vae.divergences` or a callable of z [M, d] and draws from
             the prior [M, d]. :class:`~pyro_vae.divergences.MMD` by default. One that has a method
             ``adversary``, as :class:`~pyro_vae.divergences.Adversarial`, brings a second player,
-            which this loss's ``adversary`` trains and :func:`pyro_vae.fit` drives.
+            which this loss's ``adversary`` trains and :func:`pyro_vae.fit` drives. If the prior has
+            parameters, of these only ``MMD`` and the ``"saturating"`` objective train them.
         **kwargs: Those of :class:`~pyro_vae.losses.TermsELBO`.
 
     Raises:
@@ -100,7 +104,8 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     def _divergence(self, terms: Terms) -> Tensor:
         if getattr(self.divergence, "score", NotImplemented) is None:
             terms.check_standard_normal(f"{type(self.divergence).__name__} without a score")
-        return self.divergence(*terms.aggregate())
+        groups = zip(*terms.aggregate(), strict=True)
+        return torch.stack([self.divergence(z, draws) for z, draws in groups]).mean()
 
     @property
     def needs_adversary(self) -> bool:
@@ -109,4 +114,5 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
 
     def own_adversary(self, terms: Terms) -> Tensor:
         """Return the loss of D's discriminator."""
-        return self.divergence.adversary(*terms.aggregate())
+        z, draws = terms.aggregate()
+        return self.divergence.adversary(z.flatten(0, 1), draws.flatten(0, 1))

@@ -541,6 +541,64 @@ def test_density_of_an_implicit_guide_is_not_asked_for_at_alpha_one() -> None:
     assert math.isnan(InfoVAE_ELBO(0.5, 10.0).loss(pair.model, guide, pair.x))
 
 
+# --- GECO's other observations -------------------------------------------------------------------
+
+
+def test_geco_keeps_the_other_observations_and_factors() -> None:
+    pair = make_pair()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(LATENT), 1.0).to_event(1))
+            fn = dist.Bernoulli(logits=pair.model.linear(z)).to_event(1)
+            pyro.sample("x", fn, obs=x)
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=x.sum(-1))
+            pyro.factor("f", -0.5 * x.sum(-1))
+
+    torch.manual_seed(1)
+    found = GECO_ELBO(tolerance=0.3, site="x").loss(model, pair.guide, pair.x)
+    torch.manual_seed(1)
+    p = parts(pair)
+    others = dist.Normal(p.z.sum(-1), 1.0).log_prob(p.x.sum(-1)) - 0.5 * p.x.sum(-1)
+    assert found == pytest.approx((geco(p) - others.sum()).item(), rel=1e-12)
+
+
+def test_geco_constrains_what_no_mask_hides() -> None:
+    pair = make_pair()
+    mask = torch.arange(N) < 5
+    x = torch.where(mask.unsqueeze(-1), pair.x, 1e9)  # would show
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(LATENT), 1.0).to_event(1))
+            fn = dist.Normal(pair.model.linear(z).sigmoid(), 1.0).to_event(1)
+            with poutine.mask(mask=mask):
+                pyro.sample("x", fn, obs=x)
+
+    def guide(x: Tensor) -> None:
+        pair.guide(pair.x)
+
+    elbo = GECO_ELBO(tolerance=0.3)
+    torch.manual_seed(1)
+    found = elbo.differentiable_loss(model, guide, x)
+    torch.manual_seed(1)
+    p = parts(pair)
+    error = (p.x - p.logits.sigmoid()).square().mean(-1) - 0.3**2
+    assert found.item() == pytest.approx((p.kl.sum() + error[mask].sum()).item(), rel=1e-12)
+    assert elbo.moving_averages.item() == pytest.approx(error[mask].mean().item(), rel=1e-12)
+
+
+def test_geco_forgets_a_step_that_is_not_finite() -> None:
+    pair, elbo = make_pair(), GECO_ELBO(tolerance=0.1)
+    elbo.differentiable_loss(pair.model, pair.guide, pair.x)
+    before = copy.deepcopy(elbo.state_dict())
+    with torch.no_grad():
+        pair.guide.head.bias[0] = float("nan")
+    with pyro.validation_enabled(False):
+        elbo.differentiable_loss(pair.model, pair.guide, pair.x)
+    assert str(elbo.state_dict()) == str(before)
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -564,10 +622,14 @@ def constant(shape: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
         (lambda: GECO_ELBO(constraint={}), "at least one constraint, found none"),
         (lambda: GECO_ELBO(tolerance=-0.1), "-0.1"),
         (lambda: GECO_ELBO(tolerance=0.1, decay=1.0), r"decay must be in \[0, 1\), found 1.0"),
+        (
+            lambda: GECO_ELBO(ReconstructionError(0.1), 0.2),
+            "constraint 'constraint' has a tolerance of 0.1, found another: 0.2",
+        ),
         (lambda: GECO_ELBO(tolerance=0.1, rate=0.0), "rate must be positive, found 0.0"),
         (lambda: GECO_ELBO(tolerance=0.1, bounds=(2.0, 3.0)), "bounds must be positive and hold 1"),
         (lambda: DVAE_ELBO(-0.1), "noise_scale must not be negative, found -0.1"),
-        (lambda: DVAE_ELBO(0.1, mix=1.5), r"mix must be in \[0, 1\], found 1.5"),
+        (lambda: DVAE_ELBO(0.1, mix=1.5), r"mix must be in \[0, 1\), found 1.5"),
         (lambda: DVAE_ELBO(0.1, elbo=pyro.infer.Trace_ELBO()), "found Trace_ELBO"),
         (lambda: DVAE_ELBO(0.1, elbo=IWAE_ELBO(), num_particles=2), r"\['num_particles'\]"),
         (lambda: IWAE_ELBO(0), "num_particles must be at least 1, found 0"),
