@@ -312,9 +312,13 @@ class Implicit(Amortized):
         self.noise = noise
         self.contrast = contrast
         self.discriminator = discriminator
-        # Antithetic and of unit variance: exact for a sampler that is linear in the noise.
+        # Antithetic and, if there is enough, white: the moments of a sampler that is linear in the
+        # noise are exact then, and the mean in any case.
         half = torch.randn(num_moment_particles // 2, width)
-        half = half / half.square().mean(0).sqrt()
+        if len(half) >= width:
+            half = torch.linalg.qr(half).Q * len(half) ** 0.5
+        else:
+            half = half / half.square().mean(0).sqrt()
         self.register_buffer("moment_noise", torch.cat([half, -half]))
 
     def get_posterior(self, x: Tensor, *args: Any, **kwargs: Any) -> ImplicitDistribution:
@@ -365,12 +369,12 @@ class Implicit(Amortized):
             loc = rows.new_zeros(self.latent_dim)
             return NormalContrast(loc, loc + 1)
         if self.noise == "basis":  # equations III.2 and III.3
-            var, loc = torch.var_mean(self.basis(self.moment_noise), 0)
+            var, loc = torch.var_mean(self.basis(self.moment_noise), 0, correction=0)
             coefficients = self._coefficients(rows)
             loc, var = (loc * coefficients).sum(-2), (var * coefficients.square()).sum(-2)
         else:
             noise = self.moment_noise[:, None].expand(-1, len(rows), -1)
-            var, loc = torch.var_mean(push(noise), 0)
+            var, loc = torch.var_mean(push(noise), 0, correction=0)
         # A guide that collapses to a point must leave a density.
         return NormalContrast(loc, var.sqrt().clamp(min=MIN_SCALE))
 

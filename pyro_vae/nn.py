@@ -284,7 +284,8 @@ def weight_norm_cap(module: nn.Module, H: float) -> nn.Module:
 
     with v and s the parameters; s is one number and keeps its sign, or a weight that starts at zero
     could not leave. Weights that are below the cap stay as they are, others are
-    shortened. Biases are not touched. Applied to an encoder it regularises any guide that uses it;
+    shortened. A unit whose s has passed H stays at the cap: the minimum has no gradient there.
+    Biases are not touched. Applied to an encoder it regularises any guide that uses it;
     the guide's own head is not capped, unless the guide itself is given.
 
     Args:
@@ -295,7 +296,8 @@ def weight_norm_cap(module: nn.Module, H: float) -> nn.Module:
         The module. It saves by ``state_dict``; torch does not pickle parametrised modules.
 
     Raises:
-        ValueError: If H is not positive, or the module has no linear or convolutional layer.
+        ValueError: If H is not positive, or the module has no linear or convolutional layer, or a
+            transposed convolution in groups, whose units share weights' places.
 
     References:
         | Amortized Inference Regularization (Shu, Bui, Zhao, Kochenderfer, Ermon, 2018),
@@ -320,6 +322,12 @@ def weight_norm_cap(module: nn.Module, H: float) -> nn.Module:
             f"module has no weights to cap: found {type(module).__name__}, expected a module with "
             "linear or convolutional layers"
         )
+    for layer, dim in layers:
+        if dim == 1 and getattr(layer, "groups", 1) > 1:
+            raise ValueError(
+                f"a transposed convolution must be in one group, found {layer.groups} in "
+                f"{type(layer).__name__}"
+            )
     for layer, dim in layers:
         parametrize.register_parametrization(layer, "weight", _CappedNorm(H, dim))
     return module

@@ -314,3 +314,8 @@ def test_bad_cap(cap):
 def test_nothing_to_cap():
     with pytest.raises(ValueError, match="no weights to cap: found ReLU"):
         weight_norm_cap(nn.ReLU(), 1.0)
+
+
+def test_cap_says_which_layer_it_cannot_take():
+    with pytest.raises(ValueError, match="one group, found 2 in ConvTranspose2d"):
+        weight_norm_cap(nn.ConvTranspose2d(4, 4, 3, groups=2), 1.0)

@@ -664,15 +664,21 @@ def test_adaptive_contrast_has_the_moments_for_each_x(noise, x):
         assert ((mean[0] - mean[1]).abs() > 10 * (var[0] / len(z)).sqrt()).any()
 
 
-def test_moments_of_a_linear_sampler_are_exact(x):
-    """The noise of the moments is antithetic and of unit variance, however little there is."""
-    guide = Implicit(nn.Linear(X_DIM, 5), 1, hidden_dims=(), num_moment_particles=4, noise_dim=1)
+@pytest.mark.parametrize("num_moment_particles", [6, 16])
+def test_moments_of_a_linear_sampler_are_exact(num_moment_particles, x):
+    """The noise of the moments is antithetic and white, however little there is."""
+    guide = Implicit(
+        nn.Linear(X_DIM, 5),
+        2,
+        hidden_dims=(),
+        noise_dim=3,
+        num_moment_particles=num_moment_particles,
+    )
     q = guide.to(x).get_posterior(x)
     layer = guide.head[0]
     expected = guide.encoder(x) @ layer.weight[:, :5].T + layer.bias
     torch.testing.assert_close(q.ratio.contrast.loc, expected.detach())
-    # n − 1 in the denominator
-    scale = layer.weight[:, 5:].abs().detach().expand(N, 1) * math.sqrt(4 / 3)
+    scale = layer.weight[:, 5:].norm(dim=1).detach().expand(N, 2)
     torch.testing.assert_close(q.ratio.contrast.scale, scale)
 
 
