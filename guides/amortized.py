@@ -34,9 +34,10 @@ class Amortized(nn.Module):
 
     The parameters all exist after construction. They live in the module alone, not in Pyro's
     global store, where a second guide would silently be given those of the first: save them by
-    ``state_dict``. ``SVI`` and ``elbo(model, guide)`` both see them. What looks parameters up by
-    name in that store, ``JitTrace_ELBO`` and ``PyroOptim.save``, does not find them, as under
-    Pyro's setting ``module_local_params``.
+    ``state_dict``. ``SVI`` and ``elbo(model, guide)`` both see them. As under Pyro's setting
+    ``module_local_params``, what looks parameters up by name in that store does not find them:
+    ``JitTrace_ELBO`` fails, and ``PyroOptim.save`` saves no state that could be loaded. To resume
+    training take a torch optimiser.
 
     Subclasses define :meth:`get_posterior`. :meth:`features` may be overridden, to feed the encoder
     from several of the model's arguments.
