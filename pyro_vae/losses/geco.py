@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,23 +120,9 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     def formula(self, terms: Terms) -> Tensor:
         """Return the Lagrangian at the present multipliers."""
         site = terms.observed_site(self.site)
-        x, x_hat = (value.flatten(0, 1) for value in terms.reconstruction(site))
-        unmasked = terms.unmasked(site)
         loss = terms.kl - terms.log_likelihood_without(site)
         averages = []
-        for i, (name, constraint) in enumerate(self.constraints.items()):
-            c = constraint(x, x_hat)
-            if c.shape != x.shape[:1]:
-                raise ValueError(
-                    f"constraint {name!r} must give one value a data point: found the shape "
-                    f"{list(c.shape)}, expected {[len(x)]}"
-                )
-            c = (c - self.tolerance).reshape(terms.num_particles, terms.num_points)
-            share: float | Tensor = 1.0
-            if unmasked is not None:
-                c = c.where(unmasked, c.new_zeros(()))
-                share = terms.mean(unmasked.to(c)).clamp(min=torch.finfo(c.dtype).tiny)
-            c_hat = (terms.mean(c) / share).detach()
+        for i, (c, c_hat, share) in enumerate(self._values(terms, site)):
             c_bar = self.moving_averages[i].lerp(c_hat.to(self.moving_averages), 1 - self.decay)
             c_bar = torch.where(self.num_steps == 0, c_hat.to(c_bar), c_bar)  # C̄⁰ = Ĉ⁰
             averages.append(c_bar)
@@ -151,3 +137,20 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         grown = self.multipliers * (self.rate * self.moving_averages).exp()
         self.multipliers = grown.clamp(*self.bounds).where(good, self.multipliers)
         self.num_steps = self.num_steps + good.all()
+
+    def _values(self, terms: Terms, site: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield of each constraint C [S, N], 0 where masked, Ĉ, and the share not masked."""
+        x, x_hat = (value.flatten(0, 1) for value in terms.reconstruction(site))
+        unmasked = terms.unmasked(site)
+        for name, constraint in self.constraints.items():
+            c = constraint(x, x_hat)
+            if c.shape != x.shape[:1]:
+                raise ValueError(
+                    f"constraint {name!r} must give one value a data point: found the shape "
+                    f"{list(c.shape)}, expected {[len(x)]}"
+                )
+            c = (c - self.tolerance).reshape(terms.num_particles, terms.num_points)
+            there = torch.ones_like(c) if unmasked is None else unmasked.to(c)
+            c = c.where(there > 0, c.new_zeros(()))
+            share = terms.mean(there).clamp(min=torch.finfo(c.dtype).tiny)
+            yield c, (terms.mean(c) / share).detach(), share
