@@ -49,7 +49,8 @@ class Amortized(nn.Module):
         site: Name of the latent site, whose distribution in the model has event shape [d].
         plate: Name of the plate of the data, at dimension −1.
         size: Number of rows of the whole data set; N by default.
-        subsample_size: Number of rows that the guide draws from x; by default it takes x whole.
+        subsample_size: Number of rows that the guide draws from x; by default it takes x whole. The
+            attribute may be set to None after training, for a model of other data taken whole.
 
     Raises:
         ValueError: For a size that is not positive; if h is not given and the encoder has no linear

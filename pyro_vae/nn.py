@@ -124,6 +124,8 @@ class TwoTowerDiscriminator(nn.Module):
         latent_dim: d.
         hidden_dims: Widths of each tower's hidden layers.
         out_dim: Size of a(x) and b(z).
+        activation: Class of the activation. Piecewise linear networks learn the steep edges of
+            densities sooner than smooth ones.
 
     Shapes:
         x [N, \*event], z [\*, N, d] → T(x, z) [\*, N].
@@ -145,10 +147,11 @@ class TwoTowerDiscriminator(nn.Module):
         latent_dim: int,
         hidden_dims: tuple[int, ...] = (512, 512),
         out_dim: int = 512,
+        activation: type[nn.Module] = nn.LeakyReLU,
     ) -> None:
         super().__init__()
-        self.of_x = MLP(x_dim, out_dim, hidden_dims)
-        self.of_z = MLP(latent_dim, out_dim, hidden_dims)
+        self.of_x = MLP(x_dim, out_dim, hidden_dims, activation)
+        self.of_z = MLP(latent_dim, out_dim, hidden_dims, activation)
         _zero(self.of_z[-1])
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
@@ -167,6 +170,7 @@ class JointDiscriminator(nn.Module):
         x_dim: Number of elements of x.
         latent_dim: d.
         hidden_dims: Widths of each network's hidden layers.
+        activation: Class of the activation.
 
     Shapes:
         x [N, \*event], z [\*, N, d] → T(x, z) [\*, N].
@@ -184,12 +188,16 @@ class JointDiscriminator(nn.Module):
     """
 
     def __init__(
-        self, x_dim: int, latent_dim: int, hidden_dims: tuple[int, ...] = (1024,) * 4
+        self,
+        x_dim: int,
+        latent_dim: int,
+        hidden_dims: tuple[int, ...] = (1024,) * 4,
+        activation: type[nn.Module] = nn.LeakyReLU,
     ) -> None:
         super().__init__()
-        self.joint = MLP(x_dim + latent_dim, 1, hidden_dims)
-        self.of_x = MLP(x_dim, 1, hidden_dims)
-        self.of_z = MLP(latent_dim, 1, hidden_dims)
+        self.joint = MLP(x_dim + latent_dim, 1, hidden_dims, activation)
+        self.of_x = MLP(x_dim, 1, hidden_dims, activation)
+        self.of_z = MLP(latent_dim, 1, hidden_dims, activation)
         for network in (self.joint, self.of_x, self.of_z):
             _zero(network[-1])
 

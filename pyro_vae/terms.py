@@ -767,14 +767,23 @@ def _check_match(pair: TracePair) -> None:
 def _check_subsamples(model: poutine.Trace, guide: poutine.Trace) -> None:
     """Raise a ValueError if the guide draws data points that the model knows nothing of."""
     for name, site in guide.nodes.items():
-        if site_is_subsample(site) and name not in model.nodes:
-            size, count = site["fn"].size, site["fn"].subsample_size
-            if count is not None and count < size:
-                raise ValueError(
-                    f"guide plate {name!r} draws a subsample, {count} of {size}, but the model has "
-                    "no plate of this name; expected the same name in both, so that the model "
-                    "sees the same data points"
-                )
+        if not site_is_subsample(site):
+            continue
+        size, count = site["fn"].size, site["fn"].subsample_size
+        if count is None or count == size:
+            continue
+        if name not in model.nodes:
+            raise ValueError(
+                f"guide plate {name!r} draws a subsample, {count} of {size}, but the model has "
+                "no plate of this name; expected the same name in both, so that the model "
+                "sees the same data points"
+            )
+        if model.nodes[name]["fn"].subsample_size != count:
+            raise ValueError(
+                f"guide plate {name!r} draws a subsample, {count} of {size}, but the model's plate "
+                f"does not: expected pyro.plate({name!r}, {size}, subsample_size={count}) there, "
+                "or a guide that takes its data whole (subsample_size = None)"
+            )
 
 
 def _nonfinite(pair: TracePair) -> Iterator[str]:

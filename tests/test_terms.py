@@ -1269,3 +1269,18 @@ def test_messenger_guides_and_pairs():
     traces = get_trace_pair(model, AutoNormalMessenger(model), (), {}, INF)
     assert traces.model.nodes["z"]["value"] is traces.guide.nodes["z"]["value"]
     assert "data" not in traces.model.nodes  # the plate's subsample
+
+
+def test_guide_that_draws_rows_of_a_plate_that_the_model_takes_whole():
+    def model(size: int | None) -> None:
+        with pyro.plate("data", 6, subsample_size=size):
+            pyro.sample("z", normal())
+
+    def guide(size: int | None) -> None:
+        with pyro.plate("data", 6, subsample_size=2):
+            pyro.sample("z", normal())
+
+    message = r"draws a subsample, 2 of 6.*expected pyro.plate\('data', 6, subsample_size=2\)"
+    with pytest.raises(ValueError, match=message):
+        get_trace_pair(model, guide, (None,), {}, float("inf"))
+    get_trace_pair(model, guide, (2,), {}, float("inf"))

@@ -194,10 +194,16 @@ class TermsELBO(ELBO, nn.Module):
         else:
             yield from super()._get_traces(model, guide, args, kwargs)
 
-    def _guess_max_plate_nesting(self, *args: Any) -> None:
+    def _guess_max_plate_nesting(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> None:
         # A run that is not a step: training that is resumed would draw other numbers after it.
-        with torch.random.fork_rng(_cuda_devices()):
-            super()._guess_max_plate_nesting(*args)
+        with torch.random.fork_rng(_cuda_devices()), poutine.block():
+            pair = get_trace_pair(model, guide, args, kwargs, float("inf"))
+        sites = [site for trace in pair for site in trace.nodes.values()]
+        frames = [frame for site in sites for frame in site.get("cond_indep_stack", ())]
+        depths = [-frame.dim for frame in frames if frame.vectorized]
+        self.max_plate_nesting = max(depths, default=0) + 1  # and the particles' own
 
 
 def _cuda_devices() -> list[int]:
