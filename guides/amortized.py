@@ -117,6 +117,8 @@ class Amortized(nn.Module):
                 f"the guide's first argument must be a tensor of rows, found {found}, "
                 "expected the data x [N, ...]"
             )
+        if len(x) == 0:
+            raise ValueError("the guide's first argument must have rows, found none")
         show_parameters(self, without=self.discriminator)
         num = len(x)
         if self.subsample_size is None:

@@ -308,6 +308,9 @@ class Implicit(Amortized):
                     "many elements x has"
                 )
             discriminator = JointDiscriminator(x_dim, d, (256, 256))
+            self.default_discriminator = True
+        else:
+            self.default_discriminator = False
         self.x_dim = x_dim
         self.noise = noise
         self.contrast = contrast
@@ -321,6 +324,14 @@ class Implicit(Amortized):
             half = half / half.square().mean(0).sqrt()
         self.register_buffer("moment_noise", torch.cat([half, -half]))
 
+    def condition(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        r"""Return what the discriminator is given for x, given the model's arguments [N, \*event].
+
+        By default x itself. Override it together with :meth:`features`: q depends on all that the
+        encoder is given, and T has to see that too.
+        """
+        return x
+
     def get_posterior(self, x: Tensor, *args: Any, **kwargs: Any) -> ImplicitDistribution:
         """Return q(z|x), with batch shape [N] and event shape [d]; its density is learned."""
         if self.noise == "input":
@@ -332,6 +343,13 @@ class Implicit(Amortized):
                 )
         else:
             rows = self._features(x, *args, **kwargs)
+        condition = self.condition(x, *args, **kwargs)
+        if self.default_discriminator and condition.flatten(1).shape[1] != self.x_dim:
+            raise ValueError(
+                f"the discriminator was made for {self.x_dim} elements, as the encoder, found "
+                f"{condition.flatten(1).shape[1]}: expected a condition() that returns all that "
+                "the encoder is given, or discriminator="
+            )
 
         def push(noise: Tensor) -> Tensor:
             """Take noise [*, N, noise_width] to z [*, N, d]."""
@@ -346,7 +364,7 @@ class Implicit(Amortized):
             width = self.moment_noise.shape[-1]
             return push(torch.randn(*shape, width, dtype=rows.dtype, device=rows.device))
 
-        ratio = DensityRatio(self.discriminator, self._contrast(rows, push), context=(x,))
+        ratio = DensityRatio(self.discriminator, self._contrast(rows, push), context=(condition,))
 
         def adversary(z: Tensor) -> Tensor:
             show_parameters(self.discriminator)

@@ -301,11 +301,13 @@ def weight_norm_cap(module: nn.Module, H: float) -> nn.Module:
         H: The largest norm.
 
     Returns:
-        The module. It saves by ``state_dict``; torch does not pickle parametrised modules.
+        The module. It saves by ``state_dict``, with other keys than before: load weights of a plain
+        network first. Torch does not pickle parametrised modules.
 
     Raises:
-        ValueError: If H is not positive, or the module has no linear or convolutional layer, or a
-            transposed convolution in groups, whose units share weights' places.
+        ValueError: If H is not positive, or the module has no linear or convolutional layer, a
+            transposed convolution in groups, whose units share weights' places, or a layer whose
+            weight is parametrised already.
 
     References:
         | Amortized Inference Regularization (Shu, Bui, Zhao, Kochenderfer, Ermon, 2018),
@@ -331,6 +333,11 @@ def weight_norm_cap(module: nn.Module, H: float) -> nn.Module:
             "linear or convolutional layers"
         )
     for layer, dim in layers:
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(
+                f"weights must not be parametrised yet, found a {type(layer).__name__} that is; "
+                "cap a network once"
+            )
         if dim == 1 and getattr(layer, "groups", 1) > 1:
             raise ValueError(
                 f"a transposed convolution must be in one group, found {layer.groups} in "

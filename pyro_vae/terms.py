@@ -594,7 +594,7 @@ def describe(fn: Any) -> str:
 
 
 def _range(value: Tensor) -> str:
-    low, high = float(value.min()), float(value.max())
+    low, high = float(value.detach().min()), float(value.detach().max())
     return f"{low:g}" if low == high else f"{low:g} … {high:g}"
 
 
@@ -740,7 +740,9 @@ def _data_plates(latents: list[dict], guide_sites: list[dict]) -> list[Any]:
 def _check_match(pair: TracePair) -> None:
     model, guide = set(pair.model.stochastic_nodes), set(pair.guide.stochastic_nodes)
     if missing := sorted(model - guide):
-        raise ValueError(f"the guide must sample the model's latent sites {missing}; found none")
+        raise ValueError(
+            f"the guide must sample the model's latent sites {missing}: found {sorted(guide)}"
+        )
     for site in _samples(pair.guide):
         name, fn = site["name"], site["fn"]
         if name not in model and not site["infer"].get("is_auxiliary"):

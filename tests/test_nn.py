@@ -319,3 +319,9 @@ def test_nothing_to_cap():
 def test_cap_says_which_layer_it_cannot_take():
     with pytest.raises(ValueError, match="one group, found 2 in ConvTranspose2d"):
         weight_norm_cap(nn.ConvTranspose2d(4, 4, 3, groups=2), 1.0)
+
+
+def test_cap_is_put_on_once():
+    capped = weight_norm_cap(MLP(3, 2, (4,)), 1.0)
+    with pytest.raises(ValueError, match="found a ParametrizedLinear that is; cap a network once"):
+        weight_norm_cap(capped, 0.5)

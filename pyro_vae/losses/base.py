@@ -36,8 +36,8 @@ class TermsELBO(ELBO, nn.Module):
         objective: The adversary's loss, ``"logistic"`` or ``"f-divergence"``.
         analytic_kl: Whether KL(q(z|x) ‖ p(z)) is in closed form where torch knows one. With False
             it is log q − log p at the samples, as in :class:`pyro.infer.Trace_ELBO`.
-        **kwargs: Those of :class:`pyro.infer.ELBO`: ``max_plate_nesting``,
-            ``vectorize_particles``, ``retain_graph``, …
+        **kwargs: Those of :class:`pyro.infer.ELBO`: ``vectorize_particles``, off unless a loss says
+            otherwise and much quicker for many particles; ``max_plate_nesting``, ``retain_graph``.
 
     Raises:
         ValueError: For counts below one and an unknown objective. On use: if model and guide do

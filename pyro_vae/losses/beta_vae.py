@@ -23,7 +23,8 @@ class BetaVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     .. math:: \sum_k \max(f, \mathbb{E}_x \mathrm{KL}_k)
 
     the average over the minibatch of each coordinate's KL (of each site's, where it does not split
-    into coordinates), of which f nats come for free.
+    into coordinates), of which f nats come for free; before β, but with what
+    ``poutine.scale`` says of a site.
 
     Args:
         beta: β, a number or a :class:`KLSchedule`.

@@ -59,7 +59,7 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         mix: float = 0.0,
         elbo: TermsELBO | None = None,
         *,
-        inputs: Sequence[str] | None = None,
+        inputs: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if not noise_scale >= 0:
@@ -80,7 +80,7 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         self.noise_scale = noise_scale
         self.mix = mix
         self.elbo: TermsELBO = elbo
-        self.inputs = None if inputs is None else tuple(inputs)
+        self.inputs = (inputs,) if isinstance(inputs, str) else inputs and tuple(inputs)
 
     def adversary(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Return the inner loss's adversary, for the guide as it is used: with noisy inputs."""
@@ -121,8 +121,8 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
             for name in self.inputs:
                 if name not in call.arguments:
                     raise ValueError(
-                        f"inputs: found no argument {name!r} of the model, expected some of "
-                        f"{sorted(call.arguments)}"
+                        f"inputs: found no argument {name!r} among those passed to the model, "
+                        f"expected some of {sorted(call.arguments)}"
                     )
                 call.arguments[name] = self._perturb(call.arguments[name], f"argument {name!r}")
             args, kwargs = call.args, call.kwargs

@@ -39,9 +39,13 @@ class GRAE_ELBO(ExpansionELBO):  # noqa: N801 - Pyro's way to name losses
     J is the Jacobian of the decoder's output, :math:`W = -\nabla_g^2 \log p(x; g)` (see
     :func:`~pyro_vae.curvature.output_curvature`), :math:`w_i = \|W^{1/2} J_{:i}\|^2`.
 
+    W depends on the parameters that the observation was built with, as Bernoulli's logits or
+    probabilities; a family without a known W wants "hessian".
+
     With "columns" and one column this is the paper's GRAE≈. The exact H may be such that
     :math:`I - H/\beta` is not positive definite; the Taylor objective then has no best covariance
-    and the loss no value, which is an error. That cannot happen to the others.
+    and the loss no value, which is an error, and not a rare one at the start of training. That
+    cannot happen to the others.
 
     Args:
         beta: Weight of the KL, above 0.

@@ -105,7 +105,14 @@ class InfoVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         if getattr(self.divergence, "score", NotImplemented) is None:
             terms.check_standard_normal(f"{type(self.divergence).__name__} without a score")
         groups = zip(*terms.aggregate(), strict=True)
-        return torch.stack([self.divergence(z, draws) for z, draws in groups]).mean()
+        try:
+            return torch.stack([self.divergence(z, draws) for z, draws in groups]).mean()
+        except ValueError as error:
+            raise ValueError(
+                f"InfoVAE_ELBO: {error}. D compares {terms.num_points} data points, those of the "
+                f"plates that hold all latent sites {list(terms.latents)}; with one, the "
+                f"{terms.num_particles} particles (num_particles)"
+            ) from error
 
     @property
     def needs_adversary(self) -> bool:

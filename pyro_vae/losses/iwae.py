@@ -86,9 +86,10 @@ class IWAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         # ∂/∂z at fixed parameters, which is why z are leaves of this graph: see _Leaves
         leaves = [leaf for pair in terms.pairs for leaf in _leaves(pair)]
         objective = terms.total(w * w / terms.num_particles * log_w)
-        adjoints = list(
-            torch.autograd.grad(objective, [leaf for _, leaf in leaves], retain_graph=True)
-        )
+        z = [leaf for _, leaf in leaves]
+        partials = torch.autograd.grad(objective, z, retain_graph=True, allow_unused=True)
+        pairs = zip(z, partials, strict=True)
+        adjoints = [torch.zeros_like(leaf) if g is None else g for leaf, g in pairs]
         guide_part = torch.zeros_like(model_part)
         for i in reversed(range(len(leaves))):
             sample, _ = leaves[i]
