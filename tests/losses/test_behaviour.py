@@ -173,6 +173,7 @@ def test_one_pixel_images_are_told_apart_by_avb_and_not_by_a_gaussian_guide() ->
             **schedules,
         )
         found[method] = (*judge(decoder, guide, x), -result.losses[-500:].mean().item() / 4)
+    print(found)  # shown by pytest -s
     log_p, error, _ = found["VAE"]
     assert log_p == pytest.approx(-1.57, abs=0.03)
     assert error == pytest.approx(88.5e-3, rel=0.15)
