@@ -300,6 +300,7 @@ class Implicit(Amortized):
                     "with noise='input' the encoder takes x and the noise: found an encoder of "
                     f"{x_dim + noise_dim} inputs, expected more than noise_dim={noise_dim}"
                 )
+        self.default_discriminator = discriminator is None
         if discriminator is None:
             if x_dim is None:
                 raise ValueError(
@@ -308,9 +309,6 @@ class Implicit(Amortized):
                     "many elements x has"
                 )
             discriminator = JointDiscriminator(x_dim, d, (256, 256))
-            self.default_discriminator = True
-        else:
-            self.default_discriminator = False
         self.x_dim = x_dim
         self.noise = noise
         self.contrast = contrast

@@ -287,8 +287,8 @@ class Terms:
             x_hat.append(self._to_points(mean, observed, event_dim))
         return torch.cat(x), torch.cat(x_hat)
 
-    def unmasked(self, site: str) -> Tensor | None:
-        """Return which data points of an observed site no mask hides [S, N], None for all.
+    def unmasked(self, site: str) -> Tensor:
+        """Return which data points of an observed site no mask hides [S, N].
 
         Raises:
             ValueError: If a mask hides a part of some data points.
@@ -297,17 +297,16 @@ class Terms:
         for pair in self.pairs:
             observed = pair.model.nodes[site]
             mask = _mask(observed)
-            points = None if mask is None else self._to_points(mask, observed, 0)
-            if points is not None:
-                points = points.reshape(*points.shape[:2], -1)
-            hidden = _is_masked(getattr(observed["fn"], "base_dist", None))
-            if hidden or (points is not None and not (points == points[..., :1]).all()):
+            if mask is None:
+                mask = torch.ones((), dtype=torch.bool, device=observed["value"].device)
+            points = self._to_points(mask, observed, 0)
+            points = points.reshape(*points.shape[:2], -1)
+            parts = points.shape[-1] > 1 and not (points == points[..., :1]).all()
+            if parts or _is_masked(getattr(observed["fn"], "base_dist", None)):
                 raise ValueError(
                     f"observed site {site!r}: expected a mask of whole data points, found one "
                     "that hides parts of them"
                 )
-            if points is None:
-                return None
             masks.append(points[..., 0])
         return torch.cat(masks)
 

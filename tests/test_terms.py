@@ -852,7 +852,7 @@ def test_what_a_mask_leaves_of_an_observed_site():
     mask = torch.tensor([True, False, True])
     terms = terms_of(partial(model, mask), guide, num_particles=2)
     assert terms.unmasked("x").tolist() == [mask.tolist()] * 2
-    assert terms.unmasked("y") is None
+    assert terms.unmasked("y").tolist() == [[True] * 3] * 2
     rest = terms.pairs[0].model.nodes["y"]
     expected = rest["fn"].log_prob(rest["value"]).reshape(2, 3)
     torch.testing.assert_close(terms.log_likelihood_without("x"), expected)

@@ -151,7 +151,6 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
                     f"{list(c.shape)}, expected {[len(x)]}"
                 )
             c = (c - self.tolerance).reshape(terms.num_particles, terms.num_points)
-            there = torch.ones_like(c) if unmasked is None else unmasked.to(c)
-            c = c.where(there > 0, c.new_zeros(()))
-            share = terms.mean(there).clamp(min=torch.finfo(c.dtype).tiny)
+            c = c.where(unmasked, c.new_zeros(()))
+            share = terms.mean(unmasked.to(c)).clamp(min=torch.finfo(c.dtype).tiny)
             yield c, (terms.mean(c) / share).detach(), share
