@@ -6,12 +6,28 @@ from .eight_schools import (
     eight_schools_centered,
     eight_schools_noncentered,
 )
+from .posteriors import (
+    bounded_and_simplex,
+    correlated_gaussian,
+    funnel_noncentered,
+    gaussian_process,
+    hierarchical_regression,
+    linear_regression,
+    logistic_regression,
+)
 
 __all__ = [
+    "bounded_and_simplex",
+    "correlated_gaussian",
     "eight_schools_avb",
     "eight_schools_centered",
     "eight_schools_noncentered",
+    "funnel_noncentered",
     "gauss",
+    "gaussian_process",
+    "hierarchical_regression",
+    "linear_regression",
+    "logistic_regression",
     "rosenbrock",
     "torus",
 ]

@@ -29,12 +29,14 @@ def compare(
     num_chains: int = 256,
     num_samples: int = 2000,
     num_draws: int = 10_000,
+    allow_failed_checks: bool = False,
     device: str = "cpu",
     dtype: Literal["float32", "float64"] = "float32",
 ) -> int:
     """Fit guides to a model's posterior and say how far each one is from HMC.
 
-    Prints a table and writes table.csv, posterior.png, convergence.png and draws.nc.
+    Prints a table and writes table.csv, checks.txt, posterior.png, convergence.png and draws.nc.
+    Where HMC's draws fail their checks it says which and stops, with exit status 2.
 
     Args:
         model: A model of pyro_vae.models, such as eight_schools_avb, or package.module:function
@@ -46,6 +48,7 @@ def compare(
         num_chains: HMC's chains.
         num_samples: Draws of each chain.
         num_draws: Draws of each guide, and of each half of HMC's chains, that are compared.
+        allow_failed_checks: Go on where HMC failed its checks, and mark its row as such.
         device: Where to run, such as cpu or cuda.
         dtype: Floating-point type.
     """
@@ -59,6 +62,7 @@ def compare(
         num_draws=num_draws,
         num_chains=num_chains,
         num_samples=num_samples,
+        allow_failed_checks=allow_failed_checks,
         seed=seed,
         **_data(function, _find_device(device), getattr(torch, dtype)),
     )
@@ -70,8 +74,10 @@ def compare(
 
 class _Parser(jsonargparse.ArgumentParser):
     def add_argument(self, *args: str, **kwargs: Any) -> Any:
-        """Spell options with hyphens: ``num_chains`` is ``--num-chains``."""
+        """Spell options with hyphens, ``--num-chains``; one that is true or false is a switch."""
         names = [name if name == "--print_config" else name.replace("_", "-") for name in args]
+        if kwargs.get("type") is bool:
+            kwargs = {"action": "store_true", "help": kwargs["help"]}
         return super().add_argument(*names, **kwargs)
 
 

@@ -34,7 +34,9 @@ from .capture import UnconstrainedModel
 from .divergences import knn_kl
 from .guides import AutoFlow, AutoImplicit
 from .losses import AVB_ELBO
-from .mcmc import HMC, to_inference_data
+from .mcmc import HMC
+from .mcmc.checks import ConvergenceError, Verdict, check_mcmc
+from .mcmc.diagnostics import to_inference_data
 from .plots import plot_convergence, plot_marginals
 from .svi import adversarial_recipe, fit, has_learned_density
 from .threads import one_thread_if_small
@@ -50,6 +52,7 @@ GUIDES: dict[str, Callable[[Callable], Callable]] = {
 }
 
 REFERENCE = "hmc"
+FAILED_REFERENCE = f"{REFERENCE} (failed its checks)"
 COLUMNS = (
     "guide",
     "knn_kl",
@@ -61,8 +64,6 @@ COLUMNS = (
     "steps",
     "seconds",
 )
-
-MAX_R_HAT = 1.01  # Vehtari et al. (2021)
 
 MIN_DRAWS = 4  # that have a third neighbour
 TRIAL_DRAWS = 3  # on which running many at once is held against running them one by one
@@ -85,6 +86,9 @@ class Comparison:
         errors: By guide: why its fit failed.
         reference: What the reference draws came from.
         reference_chains: By site, thinned draws of the reference [chains, n, *site].
+        verdict: What :func:`~pyro_vae.mcmc.checks.check_mcmc` found in the reference. If it is
+            false, the reference's row is named ``hmc (failed its checks)``: no row then says how
+            far a guide is from the posterior.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Comparison:
         errors: Mapping[str, str],
         reference: Any,
         reference_chains: Mapping[str, NDArray],
+        verdict: Verdict,
     ) -> None:
         self.table = table
         self.draws = draws
@@ -104,11 +109,14 @@ class Comparison:
         self.errors = errors
         self.reference = reference
         self.reference_chains = reference_chains
+        self.verdict = verdict
 
     def __repr__(self) -> str:
         table = self.table.drop(columns="error", errors="ignore")
         lines = [table.to_string(index=False, na_rep="", float_format="{:.4g}".format)]
         lines += [f"{label} failed: {error}" for label, error in self.errors.items()]
+        if not self.verdict.passed:
+            lines.append(f"{REFERENCE} {self.verdict}")
         return "\n".join(lines)
 
     def plot(self, pairs: Sequence[tuple[str, str]] | None = None) -> Figure:
@@ -128,6 +136,7 @@ class Comparison:
         for name in (name for pair in pairs for name in pair):
             if name not in names:
                 raise ValueError(f"pairs: found the coordinate {name!r}, expected some of {names}")
+        coordinates[_reference_name(self.verdict)] = coordinates.pop(REFERENCE)
         return plot_marginals(coordinates, pairs)
 
     def plot_convergence(self) -> Figure:
@@ -143,20 +152,24 @@ class Comparison:
     def to_arviz(self) -> dict[str, az.InferenceData]:
         """Return an ``InferenceData`` with a ``posterior`` group for each posterior, by name.
 
-        The reference keeps its chains, thinned to about as many draws as the guides'; a guide's
-        draws are independent and count as one chain.
+        The reference keeps its chains, thinned to about as many draws as the guides', and its
+        ``posterior`` has the attribute ``checks``, the verdict on all its draws; a guide's draws
+        are independent and count as one chain.
         """
         chains = {
             label: {name: x[None] for name, x in values.items()}
             for label, values in self.draws.items()
         }
         chains[REFERENCE] = dict(self.reference_chains)
-        return {label: to_inference_data(posterior=values) for label, values in chains.items()}
+        result = {label: to_inference_data(posterior=values) for label, values in chains.items()}
+        result[REFERENCE].posterior.attrs["checks"] = str(self.verdict)
+        return result
 
     def save(self, directory: str | Path) -> None:
-        """Write ``table.csv``, ``posterior.png``, ``convergence.png`` and ``draws.nc``.
+        """Write the table, the reference's checks, the pictures and the draws.
 
-        In ``draws.nc`` each posterior is a group:
+        The files are ``table.csv``, ``checks.txt``, ``posterior.png``, ``convergence.png`` and
+        ``draws.nc``, in which each posterior is a group:
         ``az.InferenceData.from_netcdf(file, base_group="flow")``.
 
         Args:
@@ -165,6 +178,7 @@ class Comparison:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.table.to_csv(directory / "table.csv", index=False)
+        (directory / "checks.txt").write_text(f"{REFERENCE} {self.verdict}\n", encoding="utf-8")
         self.plot().savefig(directory / "posterior.png", dpi=120)
         convergence = directory / "convergence.png"
         convergence.unlink(missing_ok=True)
@@ -186,6 +200,7 @@ def compare(
     num_draws: int = 10_000,
     num_chains: int = 256,
     num_samples: int = 2000,
+    allow_failed_checks: bool = False,
     seed: int | None = 0,
     progress: bool = True,
     **kwargs: Any,
@@ -193,7 +208,9 @@ def compare(
     r"""Fit guides to a model's posterior and measure how far each one is from the reference.
 
     The table has one row a posterior. The first is the reference against itself, one half of its
-    chains against the other: what the estimators say when there is no difference.
+    chains against the other: what the estimators say when there is no difference. Before that it
+    has to pass :func:`~pyro_vae.mcmc.checks.check_mcmc`, on the model's sites: R̂ or nested R̂, ESS,
+    each chain against the others, and of HMC and MCMC what they recorded.
 
     ==================  ===========================================================================
     ``knn_kl``          KL(guide ‖ reference) in nats, by :func:`~pyro_vae.divergences.knn_kl` on
@@ -234,6 +251,8 @@ def compare(
         num_chains: Chains of the reference run here.
         num_samples: Draws of each of its chains, after as many warm-up steps as HMC takes by
             default.
+        allow_failed_checks: Whether to go on with a reference that failed its checks, with a
+            warning. Its row is then named ``hmc (failed its checks)``, in the table and pictures.
         seed: Seed of everything random here; afterwards the generator goes on as if nothing had
             been drawn. ``None`` uses the generator as it is.
         progress: Whether to show progress bars and rows as they come.
@@ -246,16 +265,19 @@ def compare(
         ValueError: For an unknown guide; a guide that misses a site of the model or has one too
             many; if no guide can be run; discrete latents, NaN in the data or a subsampled plate;
             a reference without one of the model's sites or with fewer than four draws in a half.
+        ConvergenceError: If the reference failed its checks: a ``ValueError`` with the ``verdict``.
 
     Example:
         >>> from pyro.infer.autoguide import AutoNormal
         >>> from pyro_vae.models import gauss
         >>> comparison = compare(
-        ...     gauss, [AutoNormal(gauss)], num_chains=16, num_samples=200, num_draws=800,
+        ...     gauss, [AutoNormal(gauss)], num_chains=64, num_samples=200, num_draws=800,
         ...     num_steps=300, progress=False,
         ... )
         >>> list(comparison.table["guide"])
         ['hmc', 'AutoNormal']
+        >>> comparison.verdict.headline
+        'passed: 64 chains of 200 draws from 16 starts'
     """
     if num_draws < MIN_DRAWS:
         raise ValueError(f"num_draws must be at least {MIN_DRAWS}, found {num_draws}")
@@ -282,7 +304,9 @@ def compare(
             f"guide {label!r} cannot be run with the model's arguments: {_describe(failure)}"
         ) from failure
     with _seeded(seed):
-        truth = _Reference(reference, density, num_draws, num_chains, num_samples, progress)
+        truth = _Reference(
+            reference, density, num_draws, num_chains, num_samples, allow_failed_checks, progress
+        )
         rows, errors, draws, curves = [truth.row()], {}, {}, {}
         for label, guide in built.items():
             with _seeded(seed), _private_params(guide):
@@ -305,11 +329,13 @@ def compare(
         table["error"] = table["guide"].map(errors)
     draws[REFERENCE] = truth.draws
     baseline = truth.own_kl(CURVE_DRAWS).value
-    return Comparison(table, draws, curves, baseline, errors, truth.source, truth.chains)
+    return Comparison(
+        table, draws, curves, baseline, errors, truth.source, truth.chains, truth.verdict
+    )
 
 
 class _Reference:
-    """The truth: two halves of draws in unconstrained space, each [num_draws, d]."""
+    """The truth, if it passes its checks: two halves of its unconstrained draws, each [n, d]."""
 
     def __init__(
         self,
@@ -318,6 +344,7 @@ class _Reference:
         num_draws: int,
         num_chains: int,
         num_samples: int,
+        allow_failed_checks: bool,
         progress: bool,
     ) -> None:
         self.density = density
@@ -329,10 +356,17 @@ class _Reference:
             self.seconds = time.perf_counter() - started
             self.steps = source.warmup_steps + source.num_samples
         self.source = source
-        z = _chains(_get_samples(source), density)
+        values = _get_samples(source)
+        z = _chains(values, density)
+        if constant := _name_sites(density, z.flatten(0, 1).std(0) == 0):
+            raise ValueError(
+                f"reference: the sites {constant} have an entry with one value in all draws; "
+                "expected draws from a density"
+            )
+        self.verdict = check_mcmc(_to_sites(density, z) if source is values else source)
+        _accept(self.verdict, allow_failed_checks, progress)
         chains_per_start = 1
         if isinstance(source, HMC):
-            _check_hmc(source, progress)
             chains_per_start = source.num_chains // source.num_superchains
         halves = _halve(z, chains_per_start)
         self.first, self.second = (_thin(half, num_draws) for half in halves)
@@ -341,11 +375,6 @@ class _Reference:
         self.half_moments = [_moments(_to_sites(density, half)) for half in halves]
         self.moments = _moments(_to_sites(density, z.flatten(0, 1)))
         self.scale = z.flatten(0, 1).std(0)
-        if constant := _name_sites(density, self.scale == 0):
-            raise ValueError(
-                f"reference: the sites {constant} have an entry with one value in all draws; "
-                "expected draws from a density"
-            )
 
     def kl(self, z: Tensor) -> Any:
         """Return the kNN KL of draws z [n, d] to as many of the reference's, in its sds.
@@ -366,7 +395,7 @@ class _Reference:
         """Return the reference's own row: its second half against the first."""
         kl = self.own_kl(len(self.second))
         return {
-            "guide": REFERENCE,
+            "guide": _reference_name(self.verdict),
             "knn_kl": kl.value,
             "knn_kl_se": kl.standard_error,
             **_moment_errors(*reversed(self.half_moments)),
@@ -528,23 +557,24 @@ def _check_sites(label: str, found: set[str], expected: set[str]) -> None:
         )
 
 
-def _check_hmc(mcmc: HMC, progress: bool) -> None:
-    """Say how far our chains have converged, and warn if they are not to be trusted."""
-    diagnostics = mcmc.diagnostics()
-    # Many short chains cannot pass plain R̂; few long ones have no superchains.
-    kind = "nested_r_hat" if mcmc.num_superchains < mcmc.num_chains else "r_hat"
-    draws = mcmc.get_samples()
-    # An entry that never varies, such as the zeros of a Cholesky factor, has no R̂.
-    r_hats = [diagnostics[name][kind][draws[name].std(0) > 0] for name in mcmc.model_density.sites]
-    worst = float(torch.cat(r_hats).max())  # NaN if any is
-    divergences = sum(len(indices) for indices in diagnostics["divergences"].values())
-    found = f"largest {kind} {worst:.4f}, {divergences} divergences"
+def _reference_name(verdict: Verdict) -> str:
+    return REFERENCE if verdict.passed else FAILED_REFERENCE
+
+
+def _accept(verdict: Verdict, allow_failed_checks: bool, progress: bool) -> None:
+    """Say what the checks of the reference found; refuse it, or warn, if one failed."""
+    if not verdict.passed and not allow_failed_checks:
+        raise ConvergenceError(
+            f"the reference failed its checks, so it is not called the posterior: {verdict}\n"
+            "Do what the lines above say, with more chains or samples or a reference of your own; "
+            "or go on with a reference that is marked as failed, by allow_failed_checks",
+            verdict,
+        )
     if progress:
-        _say(f"{REFERENCE}: {mcmc.num_chains} chains × {mcmc.num_samples} draws, {found}")
-    if not worst < MAX_R_HAT or divergences:
+        _say(f"{REFERENCE}: {verdict.headline}")
+    if not verdict.passed:
         warnings.warn(
-            f"HMC may be far from the posterior, and with it every row: {found}; expected below "
-            f"{MAX_R_HAT} and none; give more samples, another parametrisation or a reference",
+            f"the reference failed its checks, and every row may be wrong with it: {verdict}",
             stacklevel=4,
         )
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 from torch.distributions import constraints
+from torch.utils._pytree import tree_leaves
 
 from pyro_vae.capture import UnconstrainedModel, capture
 
@@ -330,17 +332,112 @@ def test_capture_falls_back_where_the_course_depends_on_values():
     with pytest.warns(UserWarning, match="cannot be captured"):
         captured = capture(fn, torch.ones(2))
     assert captured(-torch.ones(2)).tolist() == [1.0, 1.0]
+    assert captured.graph is None
+    assert not captured.compiled
+    with pytest.raises(ValueError, match="expected"):
+        captured(torch.ones(3))
     with pytest.raises(ZeroDivisionError):
         capture(lambda x: x / (1 // 0), torch.ones(2))
 
 
-def test_capture_falls_back_without_a_compiler(monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("no C++ compiler")
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
 
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: x + y,
+        lambda x, y: (x + y,),
+        lambda x, y: [x + y, x - y],
+        lambda x, y: Pair(x + y, x - y),
+        lambda x, y: {"sum": x + y, "pair": Pair(x, y), "half": 0.5, "five": 5},
+        lambda x, y: (),
+    ],
+)
+def test_captured_output_has_the_structure_of_the_function(make):
+    x, y = torch.randn(2, 3)
+    captured = capture(make, x, y, compile=False)
+    x, y = torch.randn(2, 3)
+    expected = make(x, y)
+    for found in (captured(x, y), captured.run(x, y)):
+        assert type(found) is type(expected)
+        torch.testing.assert_close(tree_leaves(found), tree_leaves(expected))
+
+
+def test_captured_takes_nested_inputs_and_keeps_numbers():
+    captured = capture(lambda p, n: p.first * n + p.second, Pair(*torch.ones(2, 3)), 2)
+    p = Pair(*torch.randn(2, 3))
+    torch.testing.assert_close(captured(p, 2), 2 * p.first + p.second)
+    torch.testing.assert_close(captured.run(p, 2), 2 * p.first + p.second)
+    with pytest.raises(ValueError, match=r"found .*\(3,\).*expected .*\(2,\)"):
+        captured(p, 3)
+    with pytest.raises(ValueError, match="expected"):
+        captured(tuple(p), 2)
+
+
+def test_compiled_is_the_function_in_every_respect():
+    """Outputs that are inputs or views of them, other strides, gradients on, a closed-over tensor."""
+    weights = torch.randn(3, requires_grad=True)
+
+    def fn(x, y):
+        return x, x.view(-1), (x * weights).sum(-1) + y.exp()
+
+    x, y = torch.randn(4, 3), torch.randn(4)
+    settings = torch._inductor.config.get_config_copy()
+    captured = capture(fn, x, y)
+    assert captured.compiled
+    assert torch._inductor.config.get_config_copy() == settings
+    for a in (x, torch.randn(3, 4).T, torch.randn(1, 3).expand(4, 3)):
+        a.requires_grad_()
+        found, expected = captured(a, y), fn(a.detach().contiguous(), y)
+        torch.testing.assert_close(found, tuple(value.detach() for value in expected))
+        assert not any(value.requires_grad for value in found[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(captured.run(x, y), captured(x, y))
+    for bad in [(x, y, y), (x,), (x, y.double()), (x, y[:2]), (x, 1.0), (x, [y])]:
+        with pytest.raises(ValueError, match="inputs of a captured function"):
+            captured(*bad)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_captured_changes_in_place(compile):
+    def fn(x):
+        x.add_(1)
+        return 2 * x
+
+    x = torch.zeros(2, 3)
+    captured = capture(fn, x, compile=compile)
+    assert x.sum() == 0  # the example is left alone
+    assert captured(x).sum() == 12
+    assert x.sum() == 6
+    with pytest.raises(ValueError, match="inputs of a captured function"):
+        captured(torch.zeros(3, 2).T)  # a copy would be changed in its place
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no C++ compiler")
+
+
+def test_capture_falls_back_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(torch._inductor, "compile", broken)
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match=r"cannot be compiled.*no C\+\+ compiler"):
         captured = capture(lambda x: 2 * x, torch.ones(2))
+    assert captured(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert captured.graph is not None
+    assert not captured.compiled
+
+
+@pytest.mark.parametrize("how", ["missing", "failing"])
+def test_torch_compile_has_the_last_word(monkeypatch, how):
+    if how == "missing":
+        monkeypatch.delattr(torch._inductor, "compile")
+    else:
+        monkeypatch.setattr(torch._inductor, "compile", broken)
+    captured = capture(lambda x: 2 * x, torch.ones(2))
+    assert captured.compiled
     assert captured(torch.ones(2)).tolist() == [2.0, 2.0]
 
 

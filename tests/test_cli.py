@@ -16,9 +16,8 @@ import torch
 from pyro_vae import cli
 from pyro_vae.compare import GUIDES
 
-pytestmark = pytest.mark.filterwarnings("ignore:HMC may be far from the posterior")
-
-SMALL = ["--num-chains", "16", "--num-samples", "40", "--num-draws", "200", "--steps", "4"]
+SMALL = ["--num-chains", "64", "--num-samples", "100", "--num-draws", "200", "--steps", "4"]
+TOO_SMALL = [*SMALL, "--num-chains", "4", "--num-samples", "20"]  # to pass the checks
 COLUMNS = [
     "guide",
     "knn_kl",
@@ -54,6 +53,8 @@ def test_compare_prints_the_table_and_writes_the_files(tmp_path, capsys):
     assert [line.split()[0] for line in lines[1:]] == ["hmc", "mean_field", "flow"]
     assert f"written to {out}" in captured.err
     assert "flow: KL to the reference" in captured.err
+    assert "hmc: passed: 64 chains of 100 draws from 16 starts" in captured.err
+    assert (out / "checks.txt").read_text(encoding="utf-8").startswith("hmc passed: 64 chains")
     table = pd.read_csv(out / "table.csv")
     assert list(table.columns) == COLUMNS
     assert list(table["guide"]) == ["hmc", "mean_field", "flow"]
@@ -65,7 +66,7 @@ def test_compare_prints_the_table_and_writes_the_files(tmp_path, capsys):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     for label in table["guide"]:
         x = read(out / "draws.nc", label).posterior["x"].values
-        chains = 16 if label == "hmc" else 1  # the reference keeps its chains
+        chains = 64 if label == "hmc" else 1  # the reference keeps its chains
         assert x.shape[0] == chains
         assert 200 <= x.shape[0] * x.shape[1] < 200 + 2 * chains
         assert x.shape[2] == 2
@@ -91,8 +92,32 @@ def test_the_seed_decides(tmp_path):
 
 def test_out_is_named_after_the_model_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("compare", "torus", "--guides", "mean_field", *SMALL) == 0
-    assert (tmp_path / "out" / "torus" / "table.csv").exists()
+    assert run("compare", "gauss", "--guides", "mean_field", *SMALL) == 0
+    assert (tmp_path / "out" / "gauss" / "table.csv").exists()
+
+
+def test_a_failed_run_of_hmc_is_refused(tmp_path, capsys):
+    args = ["--guides", "mean_field", "--out", tmp_path, *TOO_SMALL]
+    assert run("compare", "gauss", *args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.startswith("pyro-vae: error: "))
+    assert "the reference failed its checks" in lines[first]
+    assert "ESS" in lines[first]
+    assert "allow_failed_checks" in lines[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:the reference failed its checks")
+def test_a_failed_run_of_hmc_is_marked_where_it_is_allowed(tmp_path, capsys):
+    args = ["--guides", "mean_field", "--out", tmp_path, *TOO_SMALL]
+    assert run("compare", "--allow-failed-checks", "gauss", *args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].strip().startswith("hmc (failed its checks)")
+    assert lines[3].startswith("hmc FAILED (")
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert list(table["guide"]) == ["hmc (failed its checks)", "mean_field"]
 
 
 OWN_MODEL = """
@@ -133,7 +158,7 @@ def test_a_model_of_one_s_own(own_model, dtype):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nonsense", "model: found 'nonsense', expected one of ['eight_schools_avb'"),
+        ("nonsense", "model: found 'nonsense', expected one of ["),
         ("own_model", "or package.module:function"),
         ("own_model:absent", "model: cannot find 'own_model:absent'"),
         ("no_such_module:model", "model: cannot find 'no_such_module:model'"),
@@ -273,12 +298,14 @@ def test_help_says_what_there_is(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for option in ("out", "seed", "guides", "steps", "num-chains", "num-samples", "num-draws"):
         assert f"--{option} " in text
+    assert "[--allow-failed-checks]" in text
     for phrase in (
         "A model of pyro_vae.models, such as eight_schools_avb, or package.module:function",
         "default: mean_field,full_rank,flow,implicit",
         "--dtype {float32,float64}",
         "default: 256",
         "HMC's chains",
+        "Go on where HMC failed its checks",
     ):
         assert phrase in text
 
@@ -314,7 +341,7 @@ def test_eight_schools_from_end_to_end(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    names = ["convergence.png", "draws.nc", "posterior.png", "table.csv"]
+    names = ["checks.txt", "convergence.png", "draws.nc", "posterior.png", "table.csv"]
     assert sorted(path.name for path in out.iterdir()) == names
 
     table = pd.read_csv(out / "table.csv")

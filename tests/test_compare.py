@@ -25,6 +25,7 @@ from torch.distributions import constraints, kl_divergence
 from pyro_vae import compare
 from pyro_vae.guides import AutoFlow
 from pyro_vae.mcmc import HMC
+from pyro_vae.mcmc.checks import ConvergenceError
 from pyro_vae.models import gauss
 
 COLUMNS = [
@@ -38,7 +39,7 @@ COLUMNS = [
     "steps",
     "seconds",
 ]
-SHORT_HMC = pytest.mark.filterwarnings("ignore:HMC may be far from the posterior")
+FAILED = "hmc (failed its checks)"
 N = 4000
 
 X = torch.tensor([1.0, 2.0, 3.0])
@@ -598,12 +599,11 @@ def test_the_model_s_own_parameters_are_held_fixed(param_store):
     assert pyro.param("sd").detach() == 2.0
 
 
-@SHORT_HMC
 def test_a_seed_leaves_the_random_state_alone_and_repeats():
     def whole(seed):
         return run(
             ["mean_field", "flow", "implicit"], reference=None, num_steps=5, num_draws=200,
-            num_chains=16, num_samples=30, seed=seed,
+            num_chains=64, num_samples=100, seed=seed,
         )  # fmt: skip
 
     def states():
@@ -657,7 +657,6 @@ def test_the_number_of_threads_is_put_back(broken):
         torch.set_num_threads(before)
 
 
-@SHORT_HMC
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 def test_float64_data(default):
     def model(x):
@@ -665,7 +664,7 @@ def test_float64_data(default):
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(m, x.new_ones(())), obs=x)
 
-    options = {"num_steps": 5, "num_chains": 16, "num_samples": 30, "num_draws": 200}
+    options = {"num_steps": 5, "num_chains": 64, "num_samples": 100, "num_draws": 200}
     guides = ["mean_field", "full_rank", "flow", "implicit"]
     torch.set_default_dtype(default)
     try:
@@ -700,6 +699,7 @@ def test_progress_goes_to_stderr(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "mean_field: KL to the reference" in captured.err
+    assert "hmc: passed: 1 chain of 8000 draws" in captured.err
     run(["mean_field"], num_steps=3, progress=False)
     assert capsys.readouterr().err == ""
 
@@ -707,13 +707,14 @@ def test_progress_goes_to_stderr(capsys):
 # -- references -----------------------------------------------------------------------------
 
 
-@SHORT_HMC
 def test_our_hmc_runs_by_default():
     comparison = run([exact], reference=None, num_chains=64, num_samples=100)
     first = rows(comparison).loc["hmc"]
     assert isinstance(comparison.reference, HMC)
     assert comparison.reference.num_chains == 64
     assert first["steps"] == 100 + comparison.reference.warmup_steps
+    assert comparison.verdict.passed
+    assert all(check.passed for check in comparison.verdict.checks)  # none is left out
     assert first["seconds"] > 0
     # Halves of 3200 draws; consecutive ones are correlated, the standard error says how much.
     assert abs(first["knn_kl"]) < 4 * first["knn_kl_se"]
@@ -722,9 +723,51 @@ def test_our_hmc_runs_by_default():
     assert abs(row["knn_kl"]) < 4 * row["knn_kl_se"]
 
 
-def test_hmc_that_has_not_converged_is_not_passed_over():
-    with pytest.warns(UserWarning, match="HMC may be far from the posterior"):
-        run([exact], reference=None, num_chains=4, num_samples=8)
+def test_a_failed_run_is_not_called_the_truth():
+    with pytest.raises(ValueError, match=r"failed its checks.*FAILED \(.*ESS") as caught:
+        run([exact], reference=None, num_chains=4, num_samples=20)
+    assert isinstance(caught.value, ConvergenceError)
+    assert "ESS" in [check.name for check in caught.value.verdict.failed]
+    text = str(caught.value)
+    assert "at m; expected at least 400" in text  # what was found, what is expected
+    assert "draw " in text  # and what to do
+    assert "allow_failed_checks" in text
+
+
+def apart(num_chains=4):
+    """Draws of which one chain is in a mode of its own."""
+    draws = posterior_draws(1000 * num_chains)["m"].reshape(num_chains, -1)
+    draws[0] += 10 * SD
+    return {"m": draws}
+
+
+@pytest.mark.filterwarnings("ignore:the reference failed its checks")
+def test_a_failed_reference_is_marked_wherever_it_is_named(tmp_path):
+    comparison = run([exact], reference=apart(), allow_failed_checks=True)
+    assert not comparison.verdict
+    assert list(comparison.table["guide"]) == [FAILED, "exact"]
+    lines = repr(comparison).splitlines()
+    assert lines[1].strip().startswith(FAILED)
+    assert lines[3].startswith("hmc FAILED (R̂, ESS, chains): 4 chains of 1000 draws")
+    assert [axis.get_title() for axis in comparison.plot().axes] == ["exact", FAILED]
+    assert list(comparison.draws) == list(comparison.to_arviz()) == ["exact", "hmc"]
+    comparison.save(tmp_path)
+    assert (tmp_path / "checks.txt").read_text(encoding="utf-8").startswith("hmc FAILED (R̂")
+    assert list(pd.read_csv(tmp_path / "table.csv")["guide"]) == [FAILED, "exact"]
+    assert read(tmp_path / "draws.nc", "hmc").posterior.attrs["checks"].startswith("FAILED (R̂")
+
+
+def test_going_on_with_a_failed_reference_warns():
+    with pytest.warns(UserWarning, match="every row may be wrong with it: FAILED") as caught:
+        run([exact], reference=apart(), allow_failed_checks=True)
+    # In pyro_vae's eyes the caller of `compare` is the helper `run`.
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_one_chain_of_many_in_another_mode_is_refused():
+    with pytest.raises(ConvergenceError, match="chain 0 stayed away from the others") as caught:
+        run([exact], reference=apart(256))
+    assert "chain 0" in [check.where for check in caught.value.verdict.failed]
 
 
 def test_hmc_run_beforehand():
@@ -736,11 +779,15 @@ def test_hmc_run_beforehand():
 
 
 def test_pyro_mcmc():
-    mcmc = MCMC(NUTS(linear_gaussian), num_samples=300, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(linear_gaussian), num_samples=1500, warmup_steps=100, disable_progbar=True)
     mcmc.run()
     comparison = run([exact], reference=mcmc)
     assert comparison.reference is mcmc
-    assert len(comparison.draws["hmc"]["m"]) == 150  # the first half of a single chain
+    assert len(comparison.draws["hmc"]["m"]) == 750  # the first half of a single chain
+    found = {check.name: check.passed for check in comparison.verdict.checks}
+    assert found["divergences"]
+    assert found["E-BFMI"] is None  # Pyro keeps no energies
+    assert "not checked: E-BFMI" in comparison.verdict.headline
     row = rows(comparison).loc["exact"]
     assert abs(row["knn_kl"]) < 4 * row["knn_kl_se"]
 
@@ -766,9 +813,9 @@ def test_plain_draws(draws):
 
 def test_halves_are_of_chains_that_are_independent():
     # Chains that disagree: halves by time would hide it, odd chains against even ones show it.
-    draws = posterior_draws(4000)["m"].reshape(4, 1000)
-    draws[0] += 10 * SD
-    assert rows(run([exact], reference={"m": draws})).loc["hmc", "max_mean_error"] > 0.5
+    with pytest.warns(UserWarning, match="the reference failed its checks"):
+        comparison = run([exact], reference=apart(), allow_failed_checks=True)
+    assert rows(comparison).loc[FAILED, "max_mean_error"] > 0.5
 
 
 def test_halves_do_not_share_starting_points():
@@ -783,8 +830,9 @@ def test_halves_do_not_share_starting_points():
         progress=False, compile=False, seed=0,
     )  # fmt: skip
     hmc.run()
-    with pytest.warns(UserWarning, match="HMC may be far"):
-        first = rows(run([two_modes], two_modes, reference=hmc)).loc["hmc"]
+    with pytest.warns(UserWarning, match="chains from different starts disagree"):
+        comparison = run([two_modes], two_modes, reference=hmc, allow_failed_checks=True)
+    first = rows(comparison).loc[FAILED]
     assert first["max_mean_error"] > 1.5
     assert first["knn_kl"] > 1
 
@@ -797,7 +845,9 @@ def test_draws_repeated_by_rejections_are_no_atoms():
 
 
 def test_few_draws_have_no_standard_error():
-    table = rows(run([exact], reference=posterior_draws(8)))
+    with pytest.warns(UserWarning, match="at least 10 draws a chain"):
+        comparison = run([exact], reference=posterior_draws(8), allow_failed_checks=True)
+    table = rows(comparison)
     assert table["knn_kl"].notna().all()
     assert table["knn_kl_se"].isna().all()
 
@@ -1010,6 +1060,7 @@ def test_save_writes_everything(saved, tmp_path):
     directory = tmp_path / "new" / "folder"
     saved.save(str(directory))
     assert sorted(path.name for path in directory.iterdir()) == [
+        "checks.txt",
         "convergence.png",
         "draws.nc",
         "posterior.png",
@@ -1017,6 +1068,11 @@ def test_save_writes_everything(saved, tmp_path):
     ]
     table = pd.read_csv(directory / "table.csv")
     pd.testing.assert_frame_equal(table, saved.table, check_dtype=False)
+    verdict = f"hmc {saved.verdict}\n"
+    assert verdict.startswith("hmc passed: 1 chain of 1000 draws; not checked: E-BFMI, divergences")
+    assert (directory / "checks.txt").read_text(encoding="utf-8") == verdict
+    checks = read(directory / "draws.nc", "hmc").posterior.attrs["checks"]
+    assert checks == str(saved.verdict)
     for name in ("posterior.png", "convergence.png"):
         assert (directory / name).read_bytes().startswith(b"\x89PNG")
     for label, draws in saved.draws.items():
@@ -1070,7 +1126,7 @@ def test_plot_shows_each_posterior_and_the_reference_last(saved):
 def test_plot_of_one_and_of_two_coordinates(known):
     assert [axis.get_xlabel() for axis in known.plot().axes] == ["m"] * 5
     assert known.plot().axes[0].get_ylabel() == "density"
-    comparison = run([pair], pair, reference=pair_draws(200), num_draws=50)
+    comparison = run([pair], pair, reference=pair_draws(2000), num_draws=50)
     assert len(comparison.plot().axes) == 2
 
 

@@ -1,7 +1,8 @@
 """One transition of Hamiltonian Monte Carlo for many chains at once.
 
-The integrator knows the density, the kernel knows the integrator, and neither knows how its step
-size, metric and number of steps were chosen: that is :mod:`pyro_vae.mcmc.adaptation`.
+The integrator knows the density, the metric knows the scales, the kernel composes the two, and none
+knows how step size, metric and number of steps were chosen: that is
+:mod:`pyro_vae.mcmc.adaptation`.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,12 @@ from torch import Tensor
 __all__ = [
     "DIVERGENCE_THRESHOLD",
     "HMCInfo",
+    "HMCKernel",
     "HMCState",
     "Leapfrog",
+    "Metric",
+    "begin",
+    "end",
     "hmc_step",
     "kinetic_energy",
     "make_leapfrog",
@@ -51,6 +56,9 @@ class HMCInfo(NamedTuple):
         diverging: Whether the energy error was not finite, or too large [num_chains].
         energy: Total energy of the state that the chain is in afterwards [num_chains].
         num_steps: Number of leapfrog steps, the same for all chains.
+        step_size: Their step sizes [num_chains, 1].
+        proposal: Where the trajectories ended [num_chains, dim].
+        momentum: The momenta there [num_chains, dim].
     """
 
     accept_prob: Tensor
@@ -58,6 +66,61 @@ class HMCInfo(NamedTuple):
     diverging: Tensor
     energy: Tensor
     num_steps: int
+    step_size: Tensor
+    proposal: Tensor
+    momentum: Tensor
+
+
+class Metric(NamedTuple):
+    r"""The mass matrix M of the momenta, by its inverse: the (co)variance of the positions.
+
+    Attributes:
+        inverse_mass: :math:`M^{-1}`, [dim] where it is diagonal, [dim, dim] where it is dense.
+        root: With :math:`M^{-1} = L L^\top`, the matrix :math:`L^{-1}`, [dim] or [dim, dim].
+            Noise e as a row vector gives momenta :math:`e L^{-1} \sim N(0, M)`, and positions z
+            are white as :math:`z L^{-\top}`.
+    """
+
+    inverse_mass: Tensor
+    root: Tensor
+
+    @classmethod
+    def unit(cls, like: Tensor, dense: bool) -> "Metric":
+        """Return the identity; ``like`` is a vector [dim]."""
+        one = torch.ones_like(like)
+        return cls(torch.diag(one), torch.diag(one)) if dense else cls(one, one)
+
+    @classmethod
+    def from_covariance(cls, covariance: Tensor) -> "Metric":
+        """Return the metric of positions with these variances [dim] or covariances [dim, dim].
+
+        Raises:
+            ValueError: If the covariance is not positive definite.
+        """
+        if covariance.dim() == 1:
+            if not bool((covariance > 0).all()):
+                raise ValueError("covariance: found variances that are not positive")
+            return cls(covariance, covariance.rsqrt())
+        chol, info = torch.linalg.cholesky_ex(covariance.to(torch.float64))
+        if int(info) != 0:
+            raise ValueError("covariance: found a matrix that is not positive definite")
+        identity = torch.eye(len(covariance), dtype=chol.dtype, device=chol.device)
+        root = torch.linalg.solve_triangular(chol, identity, upper=False)
+        # Compiled programs want the strides that they were made with.
+        return cls(covariance, root.to(covariance.dtype).contiguous())
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a matrix."""
+        return self.inverse_mass.dim() == 2
+
+    def whiten(self, position: Tensor) -> Tensor:
+        """Return positions [n, dim] in coordinates where the metric is the identity."""
+        return position @ self.root.mT if self.dense else position * self.root
+
+    def whiten_velocity(self, momentum: Tensor) -> Tensor:
+        """Return the velocities of those coordinates, of momenta [n, dim]."""
+        return self.whiten(_velocity(momentum, self.inverse_mass))
 
 
 def potential_and_gradient(
@@ -82,8 +145,20 @@ def potential_and_gradient(
     return both
 
 
-def make_leapfrog(potential: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Leapfrog:
-    r"""Return one step of the leapfrog integrator, for all chains.
+def _velocity(momentum: Tensor, inverse_mass: Tensor) -> Tensor:
+    """Return M⁻¹p for the rows p of [n, dim]."""
+    return momentum @ inverse_mass if inverse_mass.dim() == 2 else momentum * inverse_mass
+
+
+def kinetic_energy(momentum: Tensor, inverse_mass: Tensor) -> Tensor:
+    """Return ½ pᵀM⁻¹p for momenta [n, dim] and M⁻¹ [dim] or [dim, dim]: [n]."""
+    return (momentum * _velocity(momentum, inverse_mass)).sum(-1) / 2
+
+
+def make_leapfrog(
+    potential: Callable[[Tensor], tuple[Tensor, Tensor]], num_steps: int = 1
+) -> Leapfrog:
+    r"""Return some steps of the leapfrog integrator, for all chains.
 
     .. math::
         p \leftarrow p - \tfrac{ε}{2} ∇U(z), \quad
@@ -92,10 +167,11 @@ def make_leapfrog(potential: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Leapf
 
     Args:
         potential: The function z → U(z), ∇U(z), as `potential_and_gradient` makes it.
+        num_steps: How many steps a call makes.
 
     Returns:
-        The function (position [n, dim], momentum [n, dim], gradient [n, dim], step size [],
-        inverse mass [dim]) → (position, momentum, potential [n], gradient).
+        The function (position [n, dim], momentum [n, dim], gradient [n, dim], step size [n, 1],
+        inverse mass [dim] or [dim, dim]) → (position, momentum, potential [n], gradient).
 
     References:
         | MCMC using Hamiltonian dynamics (Neal, 2011), section 2.3
@@ -109,37 +185,102 @@ def make_leapfrog(potential: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Leapf
         step_size: Tensor,
         inverse_mass: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        momentum = momentum - step_size / 2 * gradient
-        position = position + step_size * inverse_mass * momentum
-        energy, gradient = potential(position)
-        momentum = momentum - step_size / 2 * gradient
+        for _ in range(num_steps):
+            momentum = momentum - step_size / 2 * gradient
+            position = position + step_size * _velocity(momentum, inverse_mass)
+            energy, gradient = potential(position)
+            momentum = momentum - step_size / 2 * gradient
         return position, momentum, energy, gradient
 
     return leapfrog
 
 
-def kinetic_energy(momentum: Tensor, inverse_mass: Tensor) -> Tensor:
-    """Return ½ pᵀM⁻¹p for momenta [n, dim] and the diagonal [dim] of M⁻¹: [n]."""
-    return (momentum.square() * inverse_mass).sum(-1) / 2
+def begin(
+    potential: Tensor, noise: Tensor, inverse_mass: Tensor, root: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return momenta [n, dim] made of standard normal noise, and the energies [n] with them."""
+    momentum = noise @ root if root.dim() == 2 else noise * root
+    return momentum, potential + kinetic_energy(momentum, inverse_mass)
+
+
+def end(
+    position: Tensor,
+    potential: Tensor,
+    gradient: Tensor,
+    new_position: Tensor,
+    new_potential: Tensor,
+    new_gradient: Tensor,
+    momentum: Tensor,
+    before: Tensor,
+    uniform: Tensor,
+    inverse_mass: Tensor,
+) -> tuple[Tensor, ...]:
+    """Accept or reject; return the new state's three and the first four of `HMCInfo`."""
+    after = new_potential + kinetic_energy(momentum, inverse_mass)
+    error = after - before
+    finite = torch.isfinite(error) & torch.isfinite(new_gradient).all(-1)
+    diverging = ~(finite & (error <= DIVERGENCE_THRESHOLD))
+    accept_prob = torch.where(diverging, 0.0, torch.exp(-error.clamp(min=0.0)))
+    accepted = uniform < accept_prob
+    row = accepted.unsqueeze(-1)
+    return (
+        torch.where(row, new_position, position),
+        torch.where(accepted, new_potential, potential),
+        torch.where(row, new_gradient, gradient),
+        accept_prob,
+        accepted,
+        diverging,
+        torch.where(accepted, after, before),
+    )
+
+
+class HMCKernel(NamedTuple):
+    """The programs that make a transition; each may have been compiled.
+
+    Attributes:
+        leapfrogs: Integrators, as `make_leapfrog` makes them, by the number of steps that a call
+            makes, the largest first; the last makes one.
+        begin: Draws the momenta: the function `begin`.
+        end: Accepts or rejects: the function `end`.
+    """
+
+    leapfrogs: tuple[tuple[int, Leapfrog], ...]
+    begin: Callable[..., tuple[Tensor, Tensor]] = begin
+    end: Callable[..., tuple[Tensor, ...]] = end
+
+    def integrate(
+        self, state: HMCState, momentum: Tensor, step_size: Tensor, metric: Metric, num_steps: int
+    ) -> tuple[HMCState, Tensor]:
+        """Follow trajectories for a number of steps; return where they end, and the momenta."""
+        position, potential, gradient = state
+        for length, leapfrog in self.leapfrogs:
+            for _ in range(num_steps // length):
+                position, momentum, potential, gradient = leapfrog(
+                    position, momentum, gradient, step_size, metric.inverse_mass
+                )
+            num_steps %= length
+        return HMCState(position, potential, gradient), momentum
 
 
 def hmc_step(
-    leapfrog: Leapfrog,
+    kernel: HMCKernel,
     state: HMCState,
     step_size: Tensor,
-    inverse_mass: Tensor,
+    metric: Metric,
     num_steps: int,
+    generator: torch.Generator | None = None,
 ) -> tuple[HMCState, HMCInfo]:
     """Make one Metropolis-corrected transition of every chain, with a fixed number of steps.
 
     A chain whose energy is not finite stays where it is and touches no other chain.
 
     Args:
-        leapfrog: The integrator, as `make_leapfrog` makes it.
+        kernel: The integrator and its companions.
         state: Where the chains are.
-        step_size: Step size [].
-        inverse_mass: Diagonal [dim] of the inverse mass matrix, the variances of the position.
-        num_steps: Number of leapfrog steps.
+        step_size: Step sizes [num_chains, 1].
+        metric: The metric.
+        num_steps: Number of leapfrog steps, at least 1.
+        generator: Source of randomness; by default torch's global one.
 
     Returns:
         The new state, and what happened.
@@ -148,24 +289,21 @@ def hmc_step(
         | MCMC using Hamiltonian dynamics (Neal, 2011), section 3.2
         | https://arxiv.org/abs/1206.1901
     """
-    position, potential, gradient = state
-    momentum = torch.randn_like(position) * inverse_mass.rsqrt()
-    before = potential + kinetic_energy(momentum, inverse_mass)
-    for _ in range(num_steps):
-        position, momentum, potential, gradient = leapfrog(
-            position, momentum, gradient, step_size, inverse_mass
-        )
-    after = potential + kinetic_energy(momentum, inverse_mass)
-    error = after - before
-    finite = torch.isfinite(error) & torch.isfinite(gradient).all(-1)
-    diverging = ~(finite & (error <= DIVERGENCE_THRESHOLD))
-    accept_prob = torch.where(diverging, 0.0, torch.exp(-error.clamp(min=0.0)))
-    accepted = torch.rand_like(accept_prob) < accept_prob
-    row = accepted.unsqueeze(-1)
-    state = HMCState(
-        position=torch.where(row, position, state.position),
-        potential=torch.where(accepted, potential, state.potential),
-        gradient=torch.where(row, gradient, state.gradient),
+    noise = torch.empty_like(state.position).normal_(generator=generator)
+    uniform = torch.empty_like(state.potential).uniform_(generator=generator)
+    momentum, before = kernel.begin(state.potential, noise, *metric)
+    proposal, momentum = kernel.integrate(state, momentum, step_size, metric, num_steps)
+    *new, accept_prob, accepted, diverging, energy = kernel.end(
+        *state, *proposal, momentum, before, uniform, metric.inverse_mass
     )
-    energy = torch.where(accepted, after, before)
-    return state, HMCInfo(accept_prob, accepted, diverging, energy, num_steps)
+    info = HMCInfo(
+        accept_prob,
+        accepted,
+        diverging,
+        energy,
+        num_steps,
+        step_size,
+        proposal.position,
+        momentum,
+    )
+    return HMCState(*new), info

@@ -1,146 +1,395 @@
-"""HMC beside its peers on Eight Schools: effective draws a second, each sampler in turn.
+"""HMC beside its peers on ten posteriors: effective draws a second, each sampler in turn.
 
-    python tests/benchmarks/hmc.py
+    python tests/benchmarks/hmc.py [--posteriors a,b] [--samplers a,b] [--rounds N] [--cold]
+    python tests/benchmarks/hmc.py --check
+    python tests/benchmarks/hmc.py --growth FILE.png
+    python tests/benchmarks/hmc.py --cuda
 
-Prints Markdown: for the two-mode posterior of the AVB paper and for Gelman's non-centred one, the
-smallest bulk ESS over all parameters and their squares (arviz, all chains), divided by the seconds
-after compilation with the warm-up counted, of our HMC (256 chains), of NumPyro's NUTS (64
-vectorised chains) and of Pyro's NUTS (one chain, jit on). Each runs 500 warm-up steps and 2000
-draws a chain, Pyro's 100 and 200; the more chains, the less the warm-up weighs.
+The posteriors are those of `pyro_vae.models.posteriors.POSTERIORS`, the samplers those of
+`hmc_samplers.py`. What is measured, and how:
+
+*Effective draws*: the smallest bulk ESS (arviz, all chains) over all parameters and their squares,
+in constrained space.
+
+*Effective draws a second*, after compilation and warm-up: these, divided by the seconds of the
+sampling phase alone, until the draws are numpy arrays. Each sampler draws so many that its phase
+lasts about two seconds (Pyro's NUTS a fixed few: its figure gives the order of magnitude only).
+On a busy machine `--clock cpu` counts the CPU seconds of all threads instead.
+Every sampler has its warm-up anew in each round; the rounds take the samplers in turn; medians of
+the rounds, and ratios within a round.
+
+*Seconds for 100,000 effective draws* (`--cold`): compilation + warm-up + 100,000 / the rate above.
+Compilation and warm-up are measured in a fresh process with empty caches (torch's, pytensor's and
+numba's; JAX keeps none unless told to), and once more in a second process that finds the caches of
+the first. Importing the packages is counted for none.
+
+`--check` compares the peers' models with ours, by log density (NumPyro, PyMC) and thereby by
+posterior. `--growth` plots our time a draw against chains and dimension. `--cuda` runs ours and
+NumPyro's NUTS with 4096 chains on a CUDA device.
+
+All print Markdown; `--out FILE.csv` keeps the raw figures.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "--cuda" not in sys.argv:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import arviz as az
-import jax
-import jax.numpy as jnp
+import hmc_samplers
 import numpy as np
-import numpyro
-import numpyro.distributions as ndist
-import numpyro.infer
-import pyro.infer
 import torch
+from hmc_samplers import MOST_DRAWS, SAMPLERS, PyroNUTS, Run, Sampler
 
-from pyro_vae.mcmc import HMC
-from pyro_vae.models import eight_schools as es
+from pyro_vae.models.posteriors import POSTERIORS
 
-ROUNDS = 3
-
-
-def numpyro_avb(y: jnp.ndarray, sigma: jnp.ndarray) -> None:
-    mu = numpyro.sample("mu", ndist.Normal(0, 1))
-    tau = numpyro.sample("tau", ndist.Normal(0, 1))
-    with numpyro.plate("schools", len(y)):
-        eta = numpyro.sample("eta", ndist.Normal(0, 1))
-        numpyro.sample("y", ndist.Normal(mu + tau * eta, sigma), obs=y)
-
-
-def numpyro_noncentered(y: jnp.ndarray, sigma: jnp.ndarray) -> None:
-    mu = numpyro.sample("mu", ndist.Normal(0, 5))
-    tau = numpyro.sample("tau", ndist.HalfCauchy(5))
-    with numpyro.plate("schools", len(y)):
-        theta = numpyro.sample("theta_trans", ndist.Normal(0, 1))
-        numpyro.sample("y", ndist.Normal(mu + tau * theta, sigma), obs=y)
-
-
-POSTERIORS = {
-    "eight_schools_avb": (es.eight_schools_avb, numpyro_avb, es.Y_AVB, es.SIGMA_AVB),
-    "eight_schools_noncentered": (
-        es.eight_schools_noncentered,
-        numpyro_noncentered,
-        es.Y_GELMAN,
-        es.SIGMA_GELMAN,
-    ),
-}
+EFFECTIVE_DRAWS = 100_000
+PHASE_SECONDS = 2.0
+DEFAULT_SAMPLERS = ["ours", "numpyro", "blackjax", "nutpie", "pyro"]
 
 
 def min_ess(draws: dict[str, np.ndarray]) -> float:
     """Return the smallest bulk ESS of draws [chains, n, *site] and of their squares."""
-    smallest = []
+    smallest = np.inf
     for x in draws.values():
         x = np.asarray(x, dtype=np.float64).reshape(*x.shape[:2], -1)
         for k in range(x.shape[2]):
-            smallest += [float(az.ess(x[:, :, k])), float(az.ess(x[:, :, k] ** 2))]
-    return min(smallest)
+            for value in (x[:, :, k], x[:, :, k] ** 2):
+                smallest = min(smallest, float(az.ess(value)))
+    return smallest
 
 
-def ours(model: Callable, _: Callable, y: torch.Tensor, sigma: torch.Tensor) -> Callable:
-    mcmc = HMC(model, num_chains=256, num_samples=2000, warmup_steps=500, progress=False)
-
-    def run(seed: int) -> dict[str, np.ndarray]:
-        mcmc.seed = seed
-        mcmc.run(y, sigma)
-        return {name: x.numpy() for name, x in mcmc.get_samples(group_by_chain=True).items()}
-
-    return run
+def max_r_hat(draws: dict[str, np.ndarray]) -> float:
+    """Return the largest rank-normalised split R̂."""
+    columns = [x.reshape(*x.shape[:2], -1) for x in draws.values()]
+    return max(float(az.rhat(x[:, :, k])) for x in columns for k in range(x.shape[2]))
 
 
-def numpyro_nuts(_: Callable, model: Callable, y: torch.Tensor, sigma: torch.Tensor) -> Callable:
-    mcmc = numpyro.infer.MCMC(
-        numpyro.infer.NUTS(model),
-        num_warmup=500,
-        num_samples=2000,
-        num_chains=64,
-        chain_method="vectorized",
-        progress_bar=False,
+def worst_mean(posterior: str, draws: dict[str, np.ndarray]) -> float:
+    """Return the largest error of a mean, in posterior standard deviations; NaN if unknown."""
+    _, data, mean_sd = POSTERIORS[posterior]
+    if mean_sd is None:
+        return float("nan")
+    exact = mean_sd(*data(torch.float64, 0))
+    return max(
+        float(np.max(np.abs(x.mean((0, 1), dtype=np.float64) - mean.numpy()) / sd.numpy()))
+        for x, (mean, sd) in ((draws[site], moments) for site, moments in exact.items())
     )
-    data = jnp.asarray(y.numpy()), jnp.asarray(sigma.numpy())
-
-    def run(seed: int) -> dict[str, np.ndarray]:
-        mcmc.run(jax.random.key(seed), *data)
-        return {name: np.asarray(x) for name, x in mcmc.get_samples(group_by_chain=True).items()}
-
-    return run
 
 
-def pyro_nuts(model: Callable, _: Callable, y: torch.Tensor, sigma: torch.Tensor) -> Callable:
-    def run(seed: int) -> dict[str, np.ndarray]:
-        torch.manual_seed(seed)
-        kernel = pyro.infer.NUTS(model, jit_compile=True, ignore_jit_warnings=True)
-        mcmc = pyro.infer.MCMC(kernel, num_samples=200, warmup_steps=100, disable_progbar=True)
-        mcmc.run(y, sigma)
-        return {name: x.numpy() for name, x in mcmc.get_samples(group_by_chain=True).items()}
+def calibrate(ready: Sampler) -> int:
+    """Return how many draws a chain make a sampling phase of two seconds; compiles for them."""
+    if isinstance(ready, PyroNUTS):
+        return 300
+    num_draws = 100
+    while True:
+        ready.run(0, num_draws)  # compiles
+        seconds = max(ready.run(1, num_draws).sampling_seconds, 1e-3)
+        # Fewer draws are no chain to judge, more take memory and arviz's time.
+        wanted = int(num_draws * min(PHASE_SECONDS / seconds, 30.0))
+        wanted = min(max(wanted, 100), MOST_DRAWS)
+        if seconds > PHASE_SECONDS / 2 or wanted <= num_draws:
+            return num_draws
+        num_draws = wanted
 
-    return run
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
 
 
-SAMPLERS = {"pyro_vae HMC": ours, "NumPyro NUTS": numpyro_nuts, "Pyro NUTS": pyro_nuts}
+def rates(posteriors: list[str], samplers: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Measure every sampler on every posterior, in turn; print as they come, return all figures."""
+    records: list[dict[str, Any]] = []
+    labels = [SAMPLERS[s].label for s in samplers]
+    print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
+    print("\nEffective draws a second after compilation and warm-up, median; in brackets the range")
+    header = ["posterior", *labels, "ours / best peer", "ours / Pyro NUTS"]
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header), flush=True)
+    for posterior in posteriors:
+        ready = {sampler: SAMPLERS[sampler](posterior) for sampler in samplers}
+        draws_each = {sampler: calibrate(ready[sampler]) for sampler in samplers}
+        found: dict[str, list[float]] = defaultdict(list)
+        for k in range(rounds):
+            for sampler, num_draws in draws_each.items():
+                if sampler == "pyro" and k > 0:
+                    found[sampler].append(found[sampler][0])  # takes minutes: once is enough
+                    continue
+                draws, warmup_seconds, sampling_seconds = ready[sampler].run(100 + k, num_draws)
+                ess = min_ess(draws)
+                found[sampler].append(ess / sampling_seconds)
+                records.append(
+                    {
+                        "posterior": posterior,
+                        "sampler": sampler,
+                        "round": k,
+                        "num_chains": len(next(iter(draws.values()))),
+                        "num_draws": num_draws,
+                        "warmup_seconds": warmup_seconds,
+                        "sampling_seconds": sampling_seconds,
+                        "min_ess": ess,
+                        "ess_per_second": ess / sampling_seconds,
+                        "max_r_hat": max_r_hat(draws),
+                        "worst_mean_in_sd": worst_mean(posterior, draws),
+                    }
+                )
+        del ready
+        peers = [s for s in samplers if s not in ("ours", "pyro")]
+        best = max(peers, key=lambda s: statistics.median(found[s]), default=None)
+        row = [posterior]
+        for sampler in samplers:
+            low, mid, high = (
+                min(found[sampler]),
+                statistics.median(found[sampler]),
+                max(found[sampler]),
+            )
+            row.append(f"{mid:,.0f} ({low:,.0f} … {high:,.0f})")
+        for peer in (best, "pyro" if "pyro" in samplers else None):
+            if peer is None or "ours" not in samplers:
+                row.append("")
+                continue
+            ratios = [a / b for a, b in zip(found["ours"], found[peer], strict=True)]
+            row.append(f"{statistics.median(ratios):.2f}×")
+        print("| " + " | ".join(row) + " |", flush=True)
+    details(records)
+    return records
+
+
+def details(records: list[dict[str, Any]]) -> None:
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[record["posterior"], record["sampler"]].append(record)
+    rows = []
+    for (posterior, sampler), runs in groups.items():
+
+        def median(key: str, runs: list = runs) -> float:
+            return statistics.median(run[key] for run in runs)
+
+        rows.append(
+            [
+                posterior,
+                SAMPLERS[sampler].label,
+                f"{runs[0]['num_chains']} × {runs[0]['num_draws']}",
+                f"{median('warmup_seconds'):.2f}",
+                f"{median('sampling_seconds'):.2f}",
+                f"{median('min_ess'):,.0f}",
+                f"{max(run['max_r_hat'] for run in runs):.3f}",
+                f"{max(run['worst_mean_in_sd'] for run in runs):.3f}",
+            ]
+        )
+    print("How these came about; medians, but R̂ and the error of a mean are the worst found")
+    header = ["posterior", "sampler", "chains × draws", "warm-up, s", "sampling, s", "min ESS"]
+    table([*header, "R̂", "error of a mean, sd"], rows)
+
+
+# -- compilation counted --------------------------------------------------------------------------
+
+
+def cold_one(posterior: str, sampler: str, num_draws: int) -> None:
+    """In a process of its own: print what compilation and warm-up took."""
+    SAMPLERS[sampler].require()
+    started = time.perf_counter()
+    ready = SAMPLERS[sampler](posterior)
+    ready.run(0, num_draws)
+    first = time.perf_counter()
+    run: Run = ready.run(1, num_draws)
+    again = time.perf_counter() - first
+    compilation = max(first - started - again, 0.0)
+    print(json.dumps({"compile": compilation, "warmup": run.warmup_seconds}))
+
+
+def cold(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure compilation, once with empty caches and once with those that this left."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[record["posterior"], record["sampler"]].append(record)
+    rows, totals = [], []
+    for (posterior, sampler), runs in groups.items():
+        rate = statistics.median(run["ess_per_second"] for run in runs)
+        figures = []
+        with tempfile.TemporaryDirectory() as caches:
+            for cache in ("empty", "filled"):
+                found = _in_fresh_process(posterior, sampler, runs[0]["num_draws"], caches)
+                seconds = found["compile"] + found["warmup"] + EFFECTIVE_DRAWS / rate
+                figures += [found["compile"], found["warmup"], seconds]
+                totals.append(
+                    {"posterior": posterior, "sampler": sampler, "cache": cache}
+                    | {"compile_seconds": found["compile"], "warmup_seconds": found["warmup"]}
+                    | {"ess_per_second": rate, "total_seconds": seconds}
+                )
+        rows.append([posterior, SAMPLERS[sampler].label, *(f"{x:.1f}" for x in figures)])
+    print(f"Seconds for {EFFECTIVE_DRAWS:,} effective draws, compilation and warm-up counted")
+    header = ["posterior", "sampler"]
+    for cache in ("caches empty", "caches filled"):
+        header += [f"{cache}: compile", "warm-up", "**total**"]
+    table(header, rows)
+    summary: dict[str, dict[str, float]] = defaultdict(dict)
+    for record in totals:
+        if record["cache"] == "empty":
+            summary[record["posterior"]][record["sampler"]] = record["total_seconds"]
+    rows = []
+    for posterior, seconds in summary.items():
+        peers = {s: t for s, t in seconds.items() if s != "ours"}
+        if "ours" in seconds and peers:
+            best = min(peers, key=lambda s: peers[s])
+            ratio = f"{peers[best] / seconds['ours']:.2f}×"
+            rows.append([posterior, f"{seconds['ours']:.1f}", f"{peers[best]:.1f}", best, ratio])
+    if rows:
+        table(["posterior", "ours, s", "best peer, s", "which", "ours is faster by"], rows)
+    return totals
+
+
+def _in_fresh_process(
+    posterior: str, sampler: str, num_draws: int, caches: str
+) -> dict[str, float]:
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+        "TRITON_CACHE_DIR": f"{caches}/triton",
+        "NUMBA_CACHE_DIR": f"{caches}/numba",
+        "PYTENSOR_FLAGS": f"base_compiledir={caches}/pytensor",
+        "XDG_CACHE_HOME": f"{caches}/xdg",
+    }
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, __file__, "--cold-one", posterior, sampler, str(num_draws)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{posterior}, {sampler}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def cuda(rounds: int) -> list[dict[str, Any]]:
+    """Run 4096 chains of ours and of NumPyro's NUTS on one card."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "--cuda: torch finds no CUDA device; expected a CUDA build of torch and a card"
+        )
+    from hmc_samplers import NumPyroNUTS, Ours
+
+    NumPyroNUTS.require()
+    import jax
+
+    if jax.default_backend() != "gpu":
+        raise SystemExit(
+            f"--cuda: JAX runs on {jax.default_backend()!r}; expected 'gpu': install jax[cuda13]"
+        )
+    records, rows = [], []
+    for posterior in ("hierarchical_regression", "logistic_regression"):
+        ready = {
+            "ours": Ours(posterior, num_chains=4096, device="cuda"),
+            "numpyro": NumPyroNUTS(posterior, num_chains=4096),
+        }
+        found: dict[str, list[tuple]] = defaultdict(list)
+        for sampler in ready.values():
+            sampler.run(0, 500)  # compiles
+        for k in range(rounds):
+            for name, sampler in ready.items():
+                draws, warmup_seconds, seconds = sampler.run(100 + k, 500)
+                # arviz on all of 4096 chains takes an hour: a sixteenth of them has as much of
+                # the total.
+                ess = 16 * min_ess({site: x[::16] for site, x in draws.items()})
+                found[name].append((4096 * 500 / seconds, ess / seconds, warmup_seconds))
+                records.append(
+                    {"posterior": posterior, "sampler": name, "round": k, "num_chains": 4096}
+                    | {"num_draws": 500, "warmup_seconds": warmup_seconds}
+                    | {"sampling_seconds": seconds, "min_ess": ess, "ess_per_second": ess / seconds}
+                )
+        for name in ready:
+            medians = [statistics.median(values) for values in zip(*found[name], strict=True)]
+            figures = [f"{x:,.0f}" for x in medians[:2]] + [f"{medians[2]:.1f}"]
+            rows.append([posterior, SAMPLERS[name].label, *figures])
+    print(f"4096 chains on {torch.cuda.get_device_name()}, medians of {rounds} rounds")
+    table(["posterior", "sampler", "draws / s", "effective draws / s", "warm-up, s"], rows)
+    return records
+
+
+def _write(path: str | None, records: list[dict[str, Any]]) -> None:
+    if path is None or not records:
+        return
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for record in records:
+            writer.writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()}
+            )
+
+
+def _names(kind: str, text: str, known: list[str]) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--{kind}: found {name!r}; expected some of {','.join(known)}")
+    return names
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--posteriors", default=",".join(POSTERIORS), help="by default all ten")
+    parser.add_argument("--samplers", default=",".join(DEFAULT_SAMPLERS), help=", ".join(SAMPLERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: seconds of all threads together, for a machine that is busy with other work",
+    )
+    parser.add_argument("--cold", action="store_true", help="compilation too, in fresh processes")
+    parser.add_argument("--check", action="store_true", help="compare the peers' models with ours")
+    parser.add_argument("--growth", metavar="FILE.png", help="plot time a draw against size")
+    parser.add_argument("--cuda", action="store_true", help="4096 chains on a CUDA device")
+    parser.add_argument("--out", metavar="FILE.csv", help="where to write the raw figures")
+    parser.add_argument("--cold-one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("arviz").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    print("| posterior | sampler | ESS / s, median | seconds, median | ours is faster by |")
-    print("|---|---|---|---|---|")
-    for name, posterior in POSTERIORS.items():
-        runs = {label: make(*posterior) for label, make in SAMPLERS.items()}
-        for label in ("pyro_vae HMC", "NumPyro NUTS"):
-            runs[label](0)  # compiles
-        rates: dict[str, list[float]] = {label: [] for label in runs}
-        seconds: dict[str, list[float]] = {label: [] for label in runs}
-        for seed in range(1, ROUNDS + 1):
-            for label, run in runs.items():
-                started = time.perf_counter()
-                draws = run(seed)
-                seconds[label].append(time.perf_counter() - started)
-                rates[label].append(min_ess(draws) / seconds[label][-1])
-        for label in runs:
-            ratios = [a / b for a, b in zip(rates["pyro_vae HMC"], rates[label], strict=True)]
-            print(
-                f"| {name} | {label} | {statistics.median(rates[label]):,.0f} "
-                f"| {statistics.median(seconds[label]):.1f} | {statistics.median(ratios):.1f}× |",
-                flush=True,
-            )
+    posteriors = _names("posteriors", options.posteriors, list(POSTERIORS))
+    samplers = _names("samplers", options.samplers, list(SAMPLERS))
+    if options.clock == "cpu":
+        hmc_samplers.clock = time.process_time
+    if options.cold_one:
+        posterior, sampler, num_draws = options.cold_one
+        cold_one(posterior, sampler, int(num_draws))
+    elif options.check:
+        from hmc_check import check
+
+        check(posteriors)
+    elif options.growth:
+        from hmc_growth import growth
+
+        _write(options.out, growth(options.growth))
+    elif options.cuda:
+        _write(options.out, cuda(options.rounds))
+    else:
+        for sampler in samplers:  # a missing peer is said at once, not after an hour
+            SAMPLERS[sampler].require()
+        records = rates(posteriors, samplers, options.rounds)
+        _write(options.out, records)
+        if options.cold:
+            _write(options.out, records + cold(records))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import torch
 
 from pyro_vae.mcmc.adaptation import (
     DualAveraging,
-    PooledVariance,
-    halton,
+    PooledMoments,
+    TrajectoryLength,
+    back_off,
     harmonic_mean_acceptance,
+    jittered,
     num_leapfrog_steps,
     warmup_windows,
 )
+from pyro_vae.mcmc.kernel import HMCInfo, HMCState, Metric, begin, kinetic_energy
 
 
 @pytest.mark.parametrize("start", [1e-3, 1.0, 30.0])
@@ -24,26 +27,92 @@ def test_dual_averaging_finds_the_target(start):
     assert averaging.averaged_step_size == pytest.approx(0.2231, rel=0.05)
 
 
-def test_pooled_variance_is_that_of_all_draws():
+@pytest.mark.parametrize("dense", [False, True])
+def test_pooled_moments_are_those_of_all_draws(dense):
     torch.manual_seed(0)
     batches = torch.randn(7, 16, 3, dtype=torch.float64) * 1e-3 + 1e3  # far from 0: no cancellation
-    pooled = PooledVariance.start(batches[0, 0])
+    pooled = PooledMoments.start(batches[0, 0], dense)
     for batch in batches:
         pooled = pooled.update(batch)
-    torch.testing.assert_close(pooled.mean, batches.reshape(-1, 3).mean(0))
+    rows = batches.reshape(-1, 3)
+    torch.testing.assert_close(pooled.mean, rows.mean(0))
     torch.testing.assert_close(
-        pooled.sum_squares / (pooled.num_seen - 1), batches.reshape(-1, 3).var(0)
+        pooled.sum_squares / (pooled.num_seen - 1), rows.T.cov() if dense else rows.var(0)
     )
 
 
-def test_pooled_variance_falls_back_where_nothing_moved():
-    fallback = torch.full((2,), 7.0)
-    pooled = PooledVariance.start(fallback)
-    assert torch.equal(pooled.variance(fallback), fallback)
+def test_metric_falls_back_where_nothing_moved():
     positions = torch.tensor([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
-    variance = pooled.update(positions).variance(fallback)
+    fallback = Metric.from_covariance(torch.full((2,), 7.0))
+    pooled = PooledMoments.start(positions[0], dense=False)
+    assert pooled.metric(fallback) is fallback
+    variance = pooled.update(positions).metric(fallback).inverse_mass
     assert variance[1] == 7.0
     assert 0.0 < float(variance[0]) < 1.0
+    fallback = Metric.unit(positions[0], dense=True)
+    pooled = PooledMoments.start(positions[0], dense=True)
+    assert pooled.update(positions).metric(fallback) is fallback
+    assert pooled.update(positions / 0).metric(fallback) is fallback
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_momenta_and_whitened_positions_have_the_metric(dense):
+    torch.manual_seed(0)
+    factor = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.5, 0.0], [-2.0, 1.0, 3.0]]).double()
+    covariance = factor @ factor.T
+    metric = Metric.from_covariance(covariance if dense else covariance.diagonal())
+    noise = torch.eye(3, dtype=torch.float64)
+    momentum, _ = begin(torch.zeros(3), noise, *metric)
+    # With e ~ N(0, I) the momenta e @ A have the covariance AᵀA, which is to be M.
+    inverse = covariance.inverse() if dense else torch.diag(1 / covariance.diagonal())
+    torch.testing.assert_close(momentum.T @ momentum, inverse)
+    # Half the squared noise is the kinetic energy; the whitened velocities have its length too.
+    torch.testing.assert_close(kinetic_energy(momentum, metric.inverse_mass), noise.sum(1) / 2)
+    torch.testing.assert_close(
+        metric.whiten_velocity(momentum).square().sum(-1), noise.square().sum(-1)
+    )
+    white = metric.whiten(factor.T)  # rows whose outer products sum to the covariance
+    if dense:
+        torch.testing.assert_close(white.T @ white, noise)
+    with pytest.raises(ValueError, match="not positive"):
+        Metric.from_covariance(-covariance if dense else -covariance.diagonal())
+
+
+@pytest.mark.parametrize("start", [0.4, 1.0, 2.4])
+def test_trajectory_length_finds_the_quarter_period(start):
+    """With exact flow on a standard normal, ChEES is greatest after a quarter of the period."""
+    torch.manual_seed(0)
+    metric = Metric.unit(torch.zeros(20), dense=False)
+    length = TrajectoryLength.start(start)
+    nothing = torch.zeros(256, dtype=torch.bool)
+    size = torch.ones(256, 1)
+    for _ in range(300):
+        z, p = torch.randn(2, 256, 20)
+        time = length.length
+        end = math.cos(time) * z + math.sin(time) * p
+        momentum = math.cos(time) * p - math.sin(time) * z
+        info = HMCInfo(torch.ones(256), ~nothing, nothing, torch.ones(256), 1, size, end, momentum)
+        before = HMCState(z, torch.zeros(256), z)
+        times = torch.full((256,), time)
+        length = length.update(before, info, metric, times, longest=100.0)
+    assert length.averaged_length == pytest.approx(math.pi / 2, rel=0.05)
+    # Chains that diverged count for nothing, and all of them together change nothing.
+    broken = info._replace(diverging=~nothing, proposal=end * math.nan)
+    assert length.update(before, broken, metric, times, 100.0) == length
+    some = torch.arange(256) < 40
+    spoilt = info._replace(diverging=some, proposal=torch.where(some.unsqueeze(1), math.nan, end))
+    assert math.isfinite(length.update(before, spoilt, metric, times, 100.0).log_length)
+
+
+def test_chains_back_off_alone_and_come_back():
+    factor = torch.ones(3, 1)
+    flags = torch.tensor([True, False, False])
+    info = HMCInfo(torch.tensor([0.9, 0.0, 0.5]), flags, ~flags, flags, 1, factor, factor, factor)
+    for _ in range(3):
+        factor = back_off(factor, info)
+    assert factor.flatten().tolist() == [1.0, 0.125, 1.0]
+    factor = back_off(factor, info._replace(accepted=torch.ones(3, dtype=torch.bool)))
+    assert factor.flatten().tolist() == [1.0, 0.25, 1.0]
 
 
 def test_harmonic_mean_masks_divergent_chains():
@@ -51,18 +120,22 @@ def test_harmonic_mean_masks_divergent_chains():
     none = torch.zeros(4, dtype=torch.bool)
     some = torch.tensor([False, False, True, True])
     assert harmonic_mean_acceptance(accept, some) == pytest.approx(0.5 * 2 / 3)
-    assert harmonic_mean_acceptance(accept, none) == pytest.approx(4 / (2 + 1 + 200))
+    assert harmonic_mean_acceptance(accept, none) == pytest.approx(4 / (2 + 1 + 20))
     assert harmonic_mean_acceptance(accept, ~none) == 0.0
 
 
-def test_jitter_covers_the_interval_evenly():
-    points = torch.tensor([halton(i) for i in range(1, 256)])
-    assert torch.equal(points.sort().values, torch.arange(1, 256) / 256)
-    steps = [num_leapfrog_steps(1.5, 0.1, halton(i), 1000) for i in range(1, 256)]
-    assert min(steps) == 1
-    assert max(steps) == 30
-    assert sum(steps) / len(steps) == pytest.approx(15.5, abs=0.1)  # mean length plus half a step
+def test_jittered_lengths_are_uniform_around_their_mean():
+    largest = torch.full((10_000, 1), 0.1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    lengths = num_leapfrog_steps(2.0, 0.1, 0.5, 1000) * jittered(largest, 0.5, generator)
+    # Uniform on (1, 3): mean 2 with a standard error of 0.0058, variance 1/3.
+    assert 1.0 <= float(lengths.min()) < 1.01
+    assert 2.99 < float(lengths.max()) <= 3.0
+    assert float(lengths.mean()) == pytest.approx(2.0, abs=4 * 0.0058)
+    assert float(lengths.var()) == pytest.approx(1 / 3, rel=0.05)
+    assert jittered(largest, 0.0) is largest
     assert num_leapfrog_steps(1.0, 1e-300, 0.5, 64) == 64
+    assert num_leapfrog_steps(1.0, 100.0, 0.5, 64) == 1
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 10, 20, 50, 200, 500, 5000])

@@ -9,6 +9,7 @@ import pyro
 import pyro.poutine as poutine
 import pytest
 import torch
+from pyro.poutine.util import site_is_subsample
 from scipy import stats
 
 from pyro_vae import models
@@ -17,7 +18,7 @@ from pyro_vae import models
 class Case(NamedTuple):
     """What a model's documentation says. The value of a factor is empty, of shape (0,)."""
 
-    args: list
+    args: list  # numbers and lists of floats become tensors of the type under test
     latents: dict[str, tuple]
     observed: dict[str, tuple]
     log_density: Callable  # of a dict of values and of the arguments, all in numpy
@@ -65,7 +66,136 @@ def gauss(values, loc, scale_tril):
     return stats.multivariate_normal(loc, scale_tril @ scale_tril.T).logpdf(values["x"])
 
 
+def linear(values, x, y):
+    a, b, sigma = values["intercept"], values["coefficients"], values["noise_scale"]
+    prior = normal(a, 0, 2.5) + normal(b, 0, 2.5).sum() + stats.expon.logpdf(sigma)
+    return prior + normal(y, a + x @ b, sigma).sum()
+
+
+def logistic(values, x, y):
+    a, b = values["intercept"], values["coefficients"]
+    likelihood = stats.bernoulli.logpmf(y, 1 / (1 + np.exp(-(a + x @ b)))).sum()
+    return likelihood + normal(a) + normal(b).sum()
+
+
+def quadratic_form(values, precision):
+    return -values["x"] @ precision @ values["x"] / 2
+
+
+def hierarchical(values, group, x, y, num_groups):
+    prior = normal(values["intercept_loc"], 0, 2.5) + normal(values["slope_loc"], 0, 2.5)
+    for scale in ("intercept_scale", "slope_scale", "noise_scale"):
+        prior += stats.halfnorm.logpdf(values[scale])
+    likelihood = 0.0
+    for j in range(num_groups):
+        a, b = values["intercept_raw"][j], values["slope_raw"][j]
+        prior += normal(a) + normal(b)
+        intercept = values["intercept_loc"] + values["intercept_scale"] * a
+        slope = values["slope_loc"] + values["slope_scale"] * b
+        mean = intercept + slope * x[group == j]
+        likelihood += normal(y[group == j], mean, values["noise_scale"]).sum()
+    return prior + likelihood
+
+
+def process(values, x, y):
+    alpha, ell, sigma = (values[k] for k in ("amplitude", "lengthscale", "noise_scale"))
+    prior = sum(stats.lognorm.logpdf(v, 1) for v in (alpha, ell, sigma))
+    covariance = [[alpha**2 * math.exp(-(((a - b) / ell) ** 2) / 2) for b in x] for a in x]
+    covariance = np.array(covariance) + sigma**2 * np.eye(len(x))
+    return prior + stats.multivariate_normal(np.zeros(len(x)), covariance).logpdf(y)
+
+
+def funnel(values, scale, dim):
+    assert values["x_raw"].shape == (dim - 1,)
+    return normal(values["y"], 0, scale) + normal(values["x_raw"]).sum()
+
+
+def unmixing(values, spectra, y):
+    g, w, sigma = values["illumination"], values["shares"], values["noise_scale"]
+    prior = stats.uniform.logpdf(g, 0.5, 1.0) + stats.expon.logpdf(sigma)
+    prior += stats.dirichlet.logpdf(w, np.ones(len(w)))
+    return prior + normal(y, g * spectra @ w, sigma).sum()
+
+
+REGRESSION = [[[0.3, -1.0], [1.2, 0.4], [-0.7, 0.1]], [1.0, -0.5, 0.2]]
+BINARY = [REGRESSION[0], [1.0, 0.0, 1.0]]
+GROUPED = [[1, 0, 1, 2], [0.5, -1.0, 2.0, 0.1], [1.0, 0.3, -0.2, 0.7], 3]
+CURVE = [[0.0, 0.4, 1.5], [1.0, 0.8, -0.3]]
+SPECTRA = [[[0.8, 0.2], [0.5, 0.5], [0.1, 0.9]], [0.6, 0.5, 0.4]]
+BAD_REGRESSION = [
+    ([[[1.0, 2.0]], [1.0, 2.0]], r"x must .*x \[1, 2\] and y \[2\]"),
+    ([[1.0, 2.0], [1.0, 2.0]], r"x must .*x \[2\] and y \[2\]"),
+    ([[1.0, 2.0], None], r"x must .*x \[2\] and y None"),
+]
+
 CASES = {
+    "linear_regression": Case(
+        REGRESSION,
+        {"intercept": (), "coefficients": (2,), "noise_scale": ()},
+        {"y": (3,)},
+        linear,
+        BAD_REGRESSION,
+    ),
+    "logistic_regression": Case(
+        BINARY, {"intercept": (), "coefficients": (2,)}, {"y": (3,)}, logistic, BAD_REGRESSION
+    ),
+    "correlated_gaussian": Case(
+        [[[2.0, -0.5], [-0.5, 1.0]]],
+        {"x": (2,)},
+        {"log_density": (0,)},
+        quadratic_form,
+        [
+            ([[1.0, 2.0]], r"precision must .*precision \[2\]"),
+            ([[[1.0, 2.0]]], r"precision must .*precision \[1, 2\]"),
+        ],
+    ),
+    "hierarchical_regression": Case(
+        GROUPED,
+        {
+            "intercept_loc": (),
+            "intercept_scale": (),
+            "slope_loc": (),
+            "slope_scale": (),
+            "noise_scale": (),
+            "intercept_raw": (3,),
+            "slope_raw": (3,),
+        },
+        {"intercept": (3,), "slope": (3,), "y": (4,)},
+        hierarchical,
+        [
+            ([[0, 1], [1.0, 2.0], [1.0]], r"group \[2\], x \[2\] and y \[1\]"),
+            ([[0], [1.0, 2.0], None], r"group \[1\], x \[2\] and y None"),
+            ([0, 1.0, 2.0], r"group \[\], x \[\] and y \[\]"),
+            ([[0.0, 1.0], [1.0, 2.0], [1.0, 2.0]], r"group must hold integers .*torch.float"),
+        ],
+    ),
+    "gaussian_process": Case(
+        CURVE,
+        {"amplitude": (), "lengthscale": (), "noise_scale": ()},
+        {"y": (3,)},
+        process,
+        [
+            ([[1.0, 2.0], [1.0]], r"x and y .*x \[2\] and y \[1\]"),
+            ([1.0, None], r"x and y .*x \[\] and y None"),
+        ],
+    ),
+    "funnel_noncentered": Case(
+        [3.0, 4],
+        {"y": (), "x_raw": (3,)},
+        {"x": (3,)},
+        funnel,
+        [([[3.0]], r"scale .*\[1\]"), ([3.0, 1], r"dim must be at least 2; found 1")],
+    ),
+    "bounded_and_simplex": Case(
+        SPECTRA,
+        {"illumination": (), "shares": (2,), "noise_scale": ()},
+        {"y": (3,)},
+        unmixing,
+        [
+            ([SPECTRA[0], [1.0]], r"spectra must .*spectra \[3, 2\] and y \[1\]"),
+            ([[1.0], None], r"spectra must .*spectra \[1\] and y None"),
+        ],
+    ),
     "eight_schools_avb": Case(
         SCHOOLS, {"mu": (), "tau": (), "eta": (3,)}, {"y": (3,)}, schools_avb, BAD_SCHOOLS
     ),
@@ -101,15 +231,26 @@ EIGHT_SCHOOLS = [name for name in CASES if name.startswith("eight_schools")]
 
 
 def as_tensors(args, dtype, device):
-    return [None if a is None else torch.tensor(a, dtype=dtype, device=device) for a in args]
+    """Floats become tensors of ``dtype``, lists of integers index tensors; the rest stays."""
+
+    def convert(a):
+        if a is None or (isinstance(a, int) and a > 0):
+            return a
+        floats = torch.tensor(a).is_floating_point()
+        return torch.tensor(a, dtype=dtype if floats else None, device=device)
+
+    return [convert(a) for a in args]
 
 
 def draw(case, dtype, device):
-    """Values of the latent sites, positive wherever a site must be."""
-    return {
+    """Values of the latent sites, in (0.5, 1.5) except on a simplex."""
+    values = {
         name: torch.rand(shape, dtype=dtype, device=device) + 0.5
         for name, shape in case.latents.items()
     }
+    if "shares" in values:
+        values["shares"] = values["shares"] / values["shares"].sum()
+    return values
 
 
 def run(name, values, args):
@@ -132,7 +273,11 @@ def test_runs_on_its_defaults(name):
 def test_has_the_documented_sites(name, dtype, device):
     case = CASES[name]
     trace = poutine.trace(getattr(models, name)).get_trace(*as_tensors(case.args, dtype, device))
-    latents = {n: trace.nodes[n]["value"] for n in trace.stochastic_nodes if n != "schools"}
+    latents = {
+        name: trace.nodes[name]["value"]
+        for name in trace.stochastic_nodes
+        if not site_is_subsample(trace.nodes[name])
+    }
     observed = {n: trace.nodes[n]["value"].shape for n in trace.observation_nodes}
     assert {n: v.shape for n, v in latents.items()} == case.latents
     assert observed == case.observed
@@ -160,7 +305,8 @@ def test_log_density_is_the_formula(name, device):
         values = draw(case, torch.float64, device)
         found = run(name, values, args).log_prob_sum().item()
         numbers = {site: value.cpu().numpy() for site, value in values.items()}
-        expected = case.log_density(numbers, *map(np.array, case.args))
+        given = [a if isinstance(a, int) else np.array(a) for a in case.args]
+        expected = case.log_density(numbers, *given)
         assert found == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
