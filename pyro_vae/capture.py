@@ -212,6 +212,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
         with graph.inserting_before(before):
             return graph.get_attr(name)
 
+    folded = [node for node, value in values.items() if pays(node, value)]
     for node in list(graph.nodes):
         if getattr(node.target, "overloadpacket", None) in _INDEXING:
             indices: list[Any] = []
@@ -222,7 +223,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
                 else:
                     indices.append(index)
             node.update_arg(1, indices)
-    for node in [node for node, value in values.items() if pays(node, value)]:
+    for node in folded:
         node.replace_all_uses_with(constant(values[node], node))
     graph.eliminate_dead_code()
     module.recompile()
@@ -309,9 +310,14 @@ def capture(
     lifted, constants = _lift(graph)
     described = [Captured._describe(x) for x in (*constants, *tensors)]
     try:
-        if reuse is not None and reuse.program is not None and reuse.program[:2] == (
-            lifted.code,
-            described,
+        if (
+            reuse is not None
+            and reuse.program is not None
+            and reuse.program[:2]
+            == (
+                lifted.code,
+                described,
+            )
         ):
             compiled = reuse.program[2]
         else:

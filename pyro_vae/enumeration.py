@@ -17,7 +17,6 @@ from pyro.infer import config_enumerate
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = ["check_enumerable", "enumerated", "log_marginals", "plate_nesting", "sum_out"]
@@ -123,9 +122,7 @@ def _undeclared(site: Mapping[str, Any], shape: torch.Size, nesting: int) -> lis
     """Which of the rightmost dimensions of a log density are of no plate."""
     plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
     return [
-        dim
-        for dim in range(-min(nesting, len(shape)), 0)
-        if shape[dim] > 1 and dim not in plates
+        dim for dim in range(-min(nesting, len(shape)), 0) if shape[dim] > 1 and dim not in plates
     ]
 
 
@@ -145,7 +142,7 @@ def check_enumerable(name: str, site: Mapping[str, Any]) -> None:
     if how != "parallel" or infer.get("num_samples") is not None:
         raise ValueError(
             f"{found}: found infer={{'enumerate': {how!r}, 'num_samples': "
-            f"{infer.get('num_samples')!r}}}; expected 'parallel' and None, which sum it out exactly"
+            f"{infer.get('num_samples')!r}}}; expected 'parallel' and None, which sum it out"
         )
     if dims := _undeclared(site, fn.batch_shape, len(fn.batch_shape)):
         raise ValueError(

@@ -119,8 +119,8 @@ def bijection_to(constraint: Any) -> Transform:
         ValueError: If there is none, as for a sphere.
 
     Example:
-        >>> bijection_to(constraints.positive)
-        ExpTransform()
+        >>> bijection_to(constraints.positive_definite)
+        PositiveDefiniteBijection()
     """
     if isinstance(constraint, constraints.independent):
         base = bijection_to(constraint.base_constraint)

@@ -108,8 +108,12 @@ def _inverse(matrix: Tensor) -> Tensor:
 
 
 def _solve(matrix: Tensor, right: Tensor, *, left: bool = True) -> Tensor:
-    solution, info = torch.linalg.solve_ex(matrix, right, left=left)
-    return _nan_where(info > 0, solution)
+    failed = torch.linalg.lu_factor_ex(matrix.detach()).info > 0
+    # The gradient solves again, and raises if it cannot.
+    one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    regular = torch.where(failed.unsqueeze(-1).unsqueeze(-1), one, matrix)
+    solution, _ = torch.linalg.solve_ex(regular, right, left=left)
+    return _nan_where(failed, solution)
 
 
 class _RowByRow(TorchFunctionMode):
@@ -165,9 +169,10 @@ class _RowByRow(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.__setitem__:
             tensor, index, value = args
-            if isinstance(index, Tensor) and index.dtype is torch.bool:
-                if index.shape == tensor.shape and not (isinstance(value, Tensor) and value.dim()):
-                    return tensor.masked_fill_(index, value)
+            is_mask = isinstance(index, Tensor) and index.dtype is torch.bool
+            is_number = not isinstance(value, Tensor) or value.dim() == 0
+            if is_mask and is_number and index.shape == tensor.shape:
+                return tensor.masked_fill_(index, value)
         elif func in self._VALUE:
             if self.batched and not is_batchedtensor(args[0]):
                 with disable_proxy_modes_tracing():
@@ -221,9 +226,14 @@ def _no_validation() -> AbstractContextManager[None]:
 
 @contextmanager
 def _no_vmap_warning() -> Iterator[None]:
-    """Silence torch's remark that an operation is looped over rather than batched."""
+    """Silence torch's remarks about what only we do to the model.
+
+    An operation is looped over rather than batched; a latent whose value the model asks for is
+    tracked by autograd.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because")
+        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
         yield
 
 
@@ -305,11 +315,12 @@ class UnconstrainedModel:
     its distribution stands in for it, so that gradients stay finite. Where a matrix has no Cholesky
     factor or inverse, the log density is NaN, in that row of a batch alone.
 
-    With ``enumerate_discrete``, discrete latent sites are summed out by Pyro's parallel enumeration,
-    as ``pyro.infer.NUTS`` does: independent sites in a ``pyro.plate``, chains in ``pyro.markov``,
-    annotations ``infer={"enumerate": "parallel"}`` or none. A scale around a discrete site lies
-    inside the sum. Neither the discrete sites nor deterministic ones that depend on them have
-    values then; ``pyro.infer.infer_discrete`` finds the former, given the continuous ones.
+    With ``enumerate_discrete``, discrete latent sites are summed out by Pyro's parallel
+    enumeration, as ``pyro.infer.NUTS`` does: independent sites in a ``pyro.plate``, chains in
+    ``pyro.markov``, annotations ``infer={"enumerate": "parallel"}`` or none. A scale around a
+    discrete site lies inside the sum. Neither the discrete sites nor deterministic ones that depend
+    on them have values then; ``pyro.infer.infer_discrete`` finds the former, given the continuous
+    ones.
 
     No global state is changed, neither the parameter store nor the random number generators nor
     the validation settings. Only :meth:`sample_prior` and :meth:`initial` consume random numbers.
@@ -371,7 +382,7 @@ class UnconstrainedModel:
                 if site["type"] == "param"
             }
             self.discrete = self._check_latents(trace, enumerate_discrete)
-            with _no_validation():
+            with _no_validation(), _no_vmap_warning():
                 again = self._numeric_run()
                 probes = [again, *self._probe()]
                 self._check_static(trace, probes)
@@ -601,10 +612,10 @@ class UnconstrainedModel:
             self._joint(other, {**self._latents(other), **self._observed(other)})
         except Exception as error:
             raise ValueError(
-                f"the discrete latent sites {list(self.discrete)} cannot be summed out; the reason: "
-                f"{type(error).__name__}: {error}; expected a model that Pyro can enumerate in "
-                "parallel: plates that form a tree, chains in pyro.markov, no Python branch on a "
-                "discrete value, Vindex where one is an index"
+                f"the discrete latent sites {list(self.discrete)} cannot be summed out; the "
+                f"reason: {_reason(error)}; expected a model that Pyro can enumerate in parallel: "
+                "plates that form a tree, chains in pyro.markov, no Python branch on a discrete "
+                "value, Vindex where one is an index"
             ) from error
         mixed = set()
         for name, site in trace.nodes.items():
@@ -924,6 +935,26 @@ class UnconstrainedModel:
                 for name, site in self.sites.items()
             ]
         return torch.cat(parts, dim=-1)
+
+    def batching_error(self) -> str | None:
+        """Return why torch.vmap cannot run the model and its gradient on a batch, or ``None``.
+
+        If it cannot, every method runs the model row by row from now on, without the warning that
+        it gives otherwise: whoever asks knows.
+        """
+
+        def total(z: Tensor) -> Tensor:
+            result: Tensor = self._vmap(lambda row: self._log_density_row(row, False), z)
+            return result.sum()
+
+        z = torch.zeros(2, self.dim, dtype=self.dtype, device=self.device)
+        with self._running():
+            try:
+                torch.func.grad(total)(z)
+            except Exception as error:
+                self._batching = "none"
+                return _reason(error)
+        return None
 
     # -- draws ------------------------------------------------------------------------------
 

@@ -220,23 +220,89 @@ def test_is_invisible_to_handlers_around_it():
     assert not tracer.trace.nodes
 
 
-def test_row_by_row_where_vmap_cannot():
-    def model(x):
-        p = pyro.sample("p", dist.Dirichlet(torch.ones(4)))
-        pyro.sample("x", dist.Multinomial(10, p), obs=x)
+def branching(x):
+    """A model whose density, but not its sites, depends on a latent by a Python branch."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    scale = 1.0 if z > 0 else 2.0
+    pyro.sample("x", dist.Normal(z, scale), obs=x)
 
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    density = UnconstrainedModel(model, (x,))
-    z = torch.randn(3, 3)
-    with pytest.warns(UserWarning, match="cannot be batched by torch.vmap"):
+
+def branching_log_density(z, x):
+    scale = torch.where(z > 0, 1.0, 2.0)
+    return dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, scale).log_prob(x)
+
+
+def test_row_by_row_where_vmap_cannot():
+    x = torch.tensor(0.7)
+    density = UnconstrainedModel(branching, (x,))
+    z = torch.tensor([[0.5], [-0.5], [1.0]])
+    with pytest.warns(UserWarning, match=r"cannot be batched by torch.vmap.*control flow"):
         values = density.log_density(z)
     again = density.log_density(z)  # no second warning
     assert torch.equal(values, again)
-    p = density.constrain(z)["p"]
-    expected = dist.Multinomial(10, p).log_prob(x)
-    difference = values - expected
-    prior = density.log_prior(z)
-    torch.testing.assert_close(difference, prior)
+    torch.testing.assert_close(values, branching_log_density(z[:, 0], x))
+    torch.testing.assert_close(density.log_likelihood(z)["x"], values - density.log_prior(z))
+
+
+def test_batching_error_says_why_and_is_the_only_word():
+    x = torch.tensor(0.7)
+    assert UnconstrainedModel(linear_gaussian, (torch.zeros(3),)).batching_error() is None
+    density = UnconstrainedModel(branching, (x,))
+    assert "control flow" in density.batching_error()
+    z = density.initial(4)  # no warning
+    torch.testing.assert_close(density.log_density(z), branching_log_density(z[:, 0], x))
+
+
+def multinomial(x):
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(4)))
+    pyro.sample("x", dist.Multinomial(10, p), obs=x)
+
+
+def ordered_logistic(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        pyro.sample("x", dist.OrderedLogistic(z * x, torch.tensor([-1.0, 1.0])), obs=x % 3)
+
+
+def filled_step_by_step(x):
+    """An autoregression that writes its path into a tensor of zeros."""
+    a = pyro.sample("a", dist.Normal(0.0, 0.5))
+    path = torch.zeros(len(x) + 1)
+    path[0] = a
+    for t in range(len(x)):
+        path[t + 1] = a * path[t].clone() + x[t]
+    pyro.sample("x", dist.Normal(path[1:], 1.0).to_event(1), obs=x.flip(0))
+
+
+def checks_its_data(x):
+    if (x < 0).any() or not bool(torch.isfinite(x).all()):
+        raise ValueError("x is not a vector of positive numbers")
+    z = pyro.sample("z", dist.Normal(0.0, float(x.mean())))
+    with pyro.plate("data", int(x.max().item())):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def asks_for_data(x):
+    z = pyro.sample("z", dist.Normal(x.data.mean(), 1.0))
+    pyro.sample("x", dist.Normal(z.data * 0 + z, 1.0).expand([4]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    "model", [multinomial, ordered_logistic, filled_step_by_step, checks_its_data, asks_for_data]
+)
+def test_batches_and_captures_what_torch_alone_does_not(model):
+    """Masked assignment, tensors filled in place, Python that looks at the data."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    density = UnconstrainedModel(model, (x,))
+    z = density.initial(5)
+    values = density.log_density(z)  # a warning fails the test
+    rows = [row.clone().requires_grad_() for row in z]
+    expected = [density.log_density(row) for row in rows]
+    torch.testing.assert_close(values, torch.stack(expected).detach())
+    gradients = [torch.autograd.grad(v, row)[0] for v, row in zip(expected, rows, strict=True)]
+    gradient = torch.func.grad(lambda points: density.log_density(points).sum())
+    captured = capture(gradient, z, compile=model is filled_step_by_step)
+    torch.testing.assert_close(captured(z), torch.stack(gradients))
 
 
 def discrete():
@@ -292,8 +358,132 @@ def test_bad_models(model, message):
 
 
 def test_no_starting_point_names_the_site():
-    with pytest.raises(ValueError, match="log_prob of site 'wall'"):
+    with pytest.raises(ValueError, match="not finite: log_prob of site 'wall';"):
         UnconstrainedModel(impossible).initial(4, max_tries=4)
+
+
+def test_a_gradient_that_is_never_finite_names_its_site():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.factor("f", (w * 0).sqrt() + z.sum())  # the derivative of √ at 0, times 0
+
+    density = UnconstrainedModel(model)
+    assert bool(torch.isfinite(density.log_density(torch.zeros(1, 3))).all())
+    with pytest.raises(ValueError, match="not finite: the gradient at site 'w';"):
+        density.initial(4, max_tries=4)
+
+
+def test_starts_have_finite_densities_and_gradients():
+    """One prior draw in six has density 0, one a gradient of NaN, one a covariance not regular."""
+
+    def model():
+        u = pyro.sample("u", dist.Uniform(0.0, 6.0))
+        pyro.factor("hole", torch.where(u < 1, -math.inf, 0.0))
+        pyro.factor("kink", ((u > 2) * (u - 2)).sqrt())  # below 2 the derivative is ∞ times 0
+        covariance = torch.eye(2) + torch.where((u > 2) & (u < 3), 2.0, 0.5) * (1 - torch.eye(2))
+        y = dist.MultivariateNormal(torch.zeros(2), covariance_matrix=covariance)
+        pyro.sample("y", y, obs=torch.ones(2))
+
+    density = UnconstrainedModel(model)
+    z = density.initial(200)
+    assert bool((density.constrain(z)["u"] > 3).all())
+    assert bool(torch.isfinite(density.log_density(z)).all())
+
+
+def test_a_random_density_is_not_one_to_sample():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("noise", z + torch.randn(()))
+
+    with pytest.raises(ValueError, match="the log density is random: found"):
+        UnconstrainedModel(model).initial(4)
+
+
+def singular_in_a_third(how):
+    """A model whose covariance has no Cholesky factor where |r| > 1, a third of the prior."""
+
+    def model(y):
+        r = pyro.sample("r", dist.Uniform(-1.5, 1.5))
+        matrix = torch.eye(2) + r * (1 - torch.eye(2))
+        if how == "inverse":
+            matrix = torch.where(r.abs() > 1, 1.0, matrix)  # of rank one
+            pyro.factor("y", -0.5 * y @ torch.linalg.inv(matrix) @ y)
+        elif how == "solve":
+            matrix = torch.where(r.abs() > 1, 1.0, matrix)
+            pyro.factor("y", -0.5 * y @ torch.linalg.solve(matrix, y))
+        elif how == "factor":
+            factor = torch.linalg.cholesky(matrix)
+            pyro.sample("y", dist.MultivariateNormal(y * 0, scale_tril=factor), obs=y)
+        else:
+            pyro.sample("y", dist.MultivariateNormal(y * 0, **{how: matrix}), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    "how", ["covariance_matrix", "precision_matrix", "factor", "inverse", "solve"]
+)
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_chain_without_a_cholesky_factor_touches_no_other(how, compile):
+    if compile and how != "covariance_matrix":
+        pytest.skip("one is enough to compile")
+    y = torch.tensor([0.5, -1.0])
+    for _ in range(10):  # the model has a covariance of its own at every draw from the prior
+        density = UnconstrainedModel(singular_in_a_third(how), (y,))
+    z = torch.linspace(-3, 3, 60).unsqueeze(-1)
+    r = density.constrain(z)["r"]
+    singular = r.abs() > 1
+    assert 15 < int(singular.sum()) < 45
+
+    def value_and_gradient(points):
+        def total(points):
+            value = density.log_density(points)
+            return value.sum(), value
+
+        gradient, value = torch.func.grad(total, has_aux=True)(points)
+        return value, gradient
+
+    good = z[~singular].clone().requires_grad_()
+    expected = torch.stack([density.log_density(row) for row in good])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), good)
+    for function in (value_and_gradient, capture(value_and_gradient, z, compile=compile)):
+        value, gradient = function(z)
+        assert torch.equal(torch.isnan(value), singular)
+        torch.testing.assert_close(value[~singular], expected.detach())
+        torch.testing.assert_close(gradient[~singular], expected_gradient)
+    start = density.initial(64)
+    assert bool((density.constrain(start)["r"].abs() < 1).all())
+    assert bool(torch.isfinite(density.sample_prior(64)).all())
+
+
+def test_pointwise_log_likelihood():
+    """Unscaled, 0 where masked, by site: as arviz wants it."""
+    x = torch.tensor([0.5, -1.0, math.nan])
+    mask = ~torch.isnan(x)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 3), poutine.scale(scale=7.0), poutine.mask(mask=mask):
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+        y = dist.Normal(z, 2.0).to_event(1)
+        with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
+            pyro.sample("y", y, obs=torch.ones(2, 3, 2))
+        pyro.sample("one", dist.Poisson(z[..., 1].exp()), obs=torch.tensor(3.0))
+        pyro.factor("none", z.sum())
+
+    density = UnconstrainedModel(model)
+    z = torch.randn(4, 5, 2)
+    found = density.log_likelihood(z)
+    assert list(found) == ["x", "y", "one"]
+    log_prob = dist.Normal(z[..., :1], 1.0).log_prob(x.nan_to_num())
+    torch.testing.assert_close(found["x"], torch.where(mask, log_prob, 0.0))
+    log_prob = dist.Normal(z, 2.0).log_prob(torch.ones(2)).sum(-1)
+    torch.testing.assert_close(found["y"], log_prob[..., None, None].expand(4, 5, 2, 3))
+    log_prob = dist.Poisson(z[..., 1].exp()).log_prob(torch.tensor(3.0))
+    torch.testing.assert_close(found["one"], log_prob)
+    joint = 7 * found["x"].sum(-1) + found["y"].sum((-1, -2)) + found["one"] + z.sum(-1)
+    torch.testing.assert_close(density.log_density(z), density.log_prior(z) + joint)
 
 
 def test_bad_vectors_and_values():
@@ -366,6 +556,29 @@ def test_captured_output_has_the_structure_of_the_function(make):
         torch.testing.assert_close(tree_leaves(found), tree_leaves(expected))
 
 
+def test_constants_are_computed_once():
+    """Also those of an index, which no compiler takes otherwise; what changes is no constant."""
+    weights, mask = torch.rand(4), torch.tensor([True, False, True, True])
+
+    def fn(x):
+        buffer = torch.zeros(4)
+        buffer[mask] = x
+        noise = torch.rand(3) * weights[mask].log()
+        buffer.add_(weights.log())
+        return buffer + torch.full((2, 1), 3.0) * weights.exp(), noise
+
+    x = torch.randn(3)
+    found = {compile: capture(fn, x, compile=compile) for compile in (False, True)}
+    names = [str(node.target) for node in found[False].graph.graph.nodes]
+    assert not [name for name in names if "log" in name or "aten.exp" in name]
+    for captured in found.values():
+        assert captured.graph is not None
+        for x in torch.randn(2, 3):
+            torch.testing.assert_close(captured(x)[0], fn(x)[0])
+            assert not torch.equal(captured(x)[1], captured(x)[1])
+    assert found[True].compiled
+
+
 def test_captured_takes_nested_inputs_and_keeps_numbers():
     captured = capture(lambda p, n: p.first * n + p.second, Pair(*torch.ones(2, 3)), 2)
     p = Pair(*torch.randn(2, 3))
@@ -378,7 +591,7 @@ def test_captured_takes_nested_inputs_and_keeps_numbers():
 
 
 def test_compiled_is_the_function_in_every_respect():
-    """Outputs that are inputs or views of them, other strides, gradients on, a closed-over tensor."""
+    """Outputs that are inputs or views of them, other strides, gradients on, a constant."""
     weights = torch.randn(3, requires_grad=True)
 
     def fn(x, y):

@@ -187,9 +187,7 @@ def check(density, z, dtype, log_density):
 
     rows = [row.clone().requires_grad_() for row in z]
     expected = [log_density(row) for row in rows]
-    gradients = [
-        torch.autograd.grad(v, row)[0] for v, row in zip(expected, rows, strict=True)
-    ]
+    gradients = [torch.autograd.grad(v, row)[0] for v, row in zip(expected, rows, strict=True)]
     torch.testing.assert_close(value, torch.stack(expected).detach(), **close)
     gradient = torch.func.grad(lambda points: density.log_density(points).sum())
     torch.testing.assert_close(gradient(z), torch.stack(gradients), **close)
@@ -271,5 +269,5 @@ def test_a_support_without_a_bijection_names_the_site():
     def model():
         pyro.sample("direction", dist.ProjectedNormal(torch.ones(3)))
 
-    with pytest.raises(ValueError, match="'direction': found the support .*expected"):
+    with pytest.raises(ValueError, match=r"'direction': found the support .*expected"):
         UnconstrainedModel(model)

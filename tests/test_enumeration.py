@@ -383,9 +383,11 @@ def test_what_cannot_be_summed_out_says_so(model, message):
 
 
 def test_discrete_sites_need_to_be_asked_for():
-    with pytest.raises(ValueError, match=r"'k' is discrete \(Categorical\).*enumerate_discrete=True"):
+    with pytest.raises(
+        ValueError, match=r"'k' is discrete \(Categorical\).*enumerate_discrete=True"
+    ):
         UnconstrainedModel(mixture, (DATA,))
-    with pytest.raises(ValueError, match="'k' is discrete .*cannot be enumerated"):
+    with pytest.raises(ValueError, match=r"'k' is discrete .*cannot be enumerated"):
         UnconstrainedModel(count, (DATA[0],))
 
 

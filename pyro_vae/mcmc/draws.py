@@ -65,7 +65,7 @@ class Draws:
     Attributes:
         values: The values of ``sites`` by name, or the positions under the name ``""``.
         stats: ``potential``, ``energy``, ``accept_prob``, ``accepted``, ``diverging``
-            [num_samples, num_chains], ``num_steps`` and ``step_size`` [num_samples].
+            [num_samples, num_chains], ``num_steps`` [num_samples, 1 or num_chains].
         count: Number of draws so far.
     """
 
@@ -104,8 +104,37 @@ class Draws:
             "accept_prob": empty("accept_prob", (chains,), potential),
             "accepted": empty("accepted", (chains,), flag),
             "diverging": empty("diverging", (chains,), flag),
-            "num_steps": torch.empty(num_samples, dtype=torch.int64),
+            "num_steps": torch.empty(num_samples, 1, dtype=torch.int64),
         }
+
+    @classmethod
+    def of_chains(
+        cls,
+        draws: Any,
+        sites: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+        directory: Path | None = None,
+    ) -> Draws:
+        r"""Take over what another sampler has drawn.
+
+        Args:
+            draws: A tuple of ``position`` [num_chains, num_samples, dim], ``potential``,
+                ``energy``, ``accept_prob``, ``accepted``, ``diverging`` and ``num_steps``
+                [num_chains, num_samples].
+            sites: As for the class.
+            directory: As for the class.
+        """
+        position = draws.position
+        first = HMCState(position[:, 0], draws.potential[:, 0], position[:, 0])
+        result = cls(position.shape[1], first, sites, directory)
+        rows = {"": position} if sites is None else sites(position.flatten(0, 1))
+        for name, row in rows.items():
+            chains = row if sites is None else row.unflatten(0, position.shape[:2])
+            result.values[name].copy_(chains.transpose(0, 1))
+        for name in ("potential", "energy", "accept_prob", "accepted", "diverging"):
+            result.stats[name].copy_(getattr(draws, name).t())
+        result.stats["num_steps"] = draws.num_steps.t()  # here each chain has its own
+        result.count = position.shape[1]
+        return result
 
     @staticmethod
     def bytes_per_draw(state: HMCState, values: Mapping[str, Tensor]) -> int:

@@ -26,6 +26,7 @@ from .diagnostics import (
     to_inference_data,
 )
 from .draws import Draws, available_bytes, peak_bytes
+from .fallback import can_batch, run_nuts
 from .kernel import (
     HMCInfo,
     HMCKernel,
@@ -277,9 +278,31 @@ class HMC:
         """
         self._forget()
         with self._prepared(args, kwargs):
+            reason = can_batch(self.model_density)
+            if reason is not None:
+                self._run_pyro(reason)
+                return
             kernel, chains = self._kernel_and_start()
             state = self._warmed_up(kernel, chains)
             self._sample(kernel, state)
+
+    def _run_pyro(self, reason: str) -> None:
+        """Let Pyro's NUTS draw from a model that cannot be batched."""
+        draws = run_nuts(
+            self.model_density,
+            self._num_samples,
+            self.warmup_steps,
+            self.num_chains,
+            reason=reason,
+            initial=None if self.initial_params is None else self._start(),
+            target_accept=self._schedule.target_accept,
+            progress=self.progress,
+            seed=self._seed,
+        )
+        self.num_chains = self.num_superchains = len(draws.position)
+        self.step_size = float(draws.step_size.mean())
+        saved = None if self.save_params is None else self._saved
+        self._draws = Draws.of_chains(draws, saved, self.draws_dir)
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Warm up without sampling; the arguments are the model's.
@@ -293,6 +316,11 @@ class HMC:
         self._forget()
         self.warmup_state = None
         with self._prepared(args, kwargs):
+            if reason := can_batch(self.model_density):
+                raise ValueError(
+                    "the model cannot be batched and runs on Pyro's NUTS, whose warm-up cannot be "
+                    f"kept; expected run() without warmup(); the reason: {reason}"
+                )
             kernel, chains = self._kernel_and_start()
             self.warmup_state = self._warmed_up(kernel, chains)
 
@@ -710,7 +738,7 @@ class HMC:
             "energy": stats["energy"].t(),
             "acceptance_rate": stats["accept_prob"].t(),
             "lp": -stats["potential"].t(),
-            "n_steps": stats["num_steps"].expand(shape),
+            "n_steps": stats["num_steps"].t().expand(shape),
             "step_size": torch.full(shape, self.step_size, dtype=torch.float64),
         }
 

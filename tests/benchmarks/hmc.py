@@ -77,6 +77,8 @@ def min_ess(draws: dict[str, np.ndarray]) -> float:
 def max_r_hat(draws: dict[str, np.ndarray]) -> float:
     """Return the largest rank-normalised split R̂."""
     columns = [x.reshape(*x.shape[:2], -1) for x in draws.values()]
+    if len(columns[0]) == 1:
+        return float("nan")  # one chain
     return max(float(az.rhat(x[:, :, k])) for x in columns for k in range(x.shape[2]))
 
 

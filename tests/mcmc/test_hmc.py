@@ -274,6 +274,88 @@ def test_one_broken_chain_does_not_touch_the_others():
     assert torch.equal(state.position[others], expected.position[others])
 
 
+def test_a_density_that_is_nan_in_places_spoils_no_other_chain():
+    """Proposals beyond the wall are refused, and what is left is a truncated normal."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(x > 1.5, torch.nan, 0.0))
+
+    mcmc = run(model, num_samples=500)
+    draws = mcmc.get_samples()["x"]
+    assert float(draws.max()) <= 1.5
+    exact = stats.truncnorm(-math.inf, 1.5)
+    agree(draws, exact.mean(), mcmc.diagnostics()["x"]["n_eff"], "truncated")
+
+
+# -- models of other kinds ----------------------------------------------------------------
+
+
+def test_discrete_sites_are_summed_out():
+    x = torch.tensor([-2.1, -1.9, 2.2, 1.8, 2.0])
+
+    def common():
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-2.0, 2.0]), 0.5).to_event(1))
+        return loc, pyro.sample("share", dist.Beta(2.0, 2.0))
+
+    def discrete():
+        loc, share = common()
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Bernoulli(share))
+            pyro.sample("x", dist.Normal(loc[kind.long()], 0.5), obs=x)
+
+    def summed():
+        loc, share = common()
+        weights = torch.stack([1 - share, share], -1)
+        mixture = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(loc, 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", mixture, obs=x)
+
+    one, two = run(discrete, seed=0), run(summed, seed=1)
+    assert set(one.get_samples()) == {"loc", "share"}
+    for name in ("loc", "share"):
+        found, wanted = one.get_samples()[name], two.get_samples()[name]
+        error = found.var(0) / one.diagnostics()[name]["n_eff"]
+        error = (error + wanted.var(0) / two.diagnostics()[name]["n_eff"]).sqrt()
+        assert bool(((found.mean(0) - wanted.mean(0)).abs() < 4 * error).all()), name
+
+    def counts():
+        pyro.sample("n", dist.Poisson(3.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'n'"):
+        run(counts)
+
+
+def test_a_model_that_branches_runs_on_pyros_nuts(tmp_path):
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * x)
+        pyro.sample("y", dist.Normal(x if x > 0 else 3 * x, 1.0), obs=y)
+
+    mcmc = HMC(model, 64, 200, 100, progress=False, seed=0)
+    with pytest.warns(UserWarning, match="runs 4 of the 64 chains"):
+        mcmc.run(torch.tensor(1.0))
+    assert mcmc.num_chains == 4
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (4, 200)
+    x = torch.linspace(-6, 6, 4001).double()
+    log_p = dist.Normal(0, 1).log_prob(x) + dist.Normal(torch.where(x > 0, x, 3 * x), 1).log_prob(
+        torch.tensor(1.0)
+    )
+    exact = float((torch.softmax(log_p, 0) * x).sum())
+    agree(mcmc.get_samples()["x"], exact, mcmc.diagnostics()["x"]["n_eff"], "branch")
+    data = mcmc.to_arviz()
+    assert data.sample_stats["energy"].shape == (4, 200)
+    assert "twice" in data.posterior
+    assert str(mcmc.check())
+    some = HMC(model, 64, 20, 20, progress=False, seed=0, save_params=["twice"])
+    with pytest.warns(UserWarning, match="runs 4 of the 64 chains"):
+        some.run(torch.tensor(1.0))
+    assert some.get_samples()["twice"].shape == (80,)
+    with pytest.raises(ValueError, match="cannot be batched"):
+        some.warmup(torch.tensor(1.0))
+
+
 # -- the interface ------------------------------------------------------------------------
 
 
@@ -332,6 +414,29 @@ def test_arviz(small):
     assert {"energy", "acceptance_rate", "lp", "n_steps", "step_size"} <= set(stats)
     lp = small.model_density.log_density(small.unconstrained)
     np.testing.assert_allclose(stats["lp"].values, lp.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_arviz_has_the_log_likelihood_of_every_observation(small):
+    data = small.to_arviz()
+    samples = small.get_samples(group_by_chain=True)
+    loc = samples["mu"] + samples["tau"] * samples["eta"].permute(2, 0, 1)
+    wanted = dist.Normal(loc.permute(1, 2, 0), SIGMA).log_prob(Y)
+    np.testing.assert_allclose(data.log_likelihood["y"], wanted, rtol=1e-4, atol=1e-4)
+    assert "log_likelihood" not in small.to_arviz(log_likelihood=False).groups()
+
+
+def test_predictive_takes_the_draws(small):
+    predictive = pyro.infer.Predictive(eight_schools, small.get_samples(num_samples=30))
+    assert predictive(None)["y"].shape == (30, 8)
+
+
+def test_check_gives_a_verdict(small):
+    verdict = small.check()
+    assert "r_hat" in str(verdict).lower().replace(" ", "_") or "R̂" in str(verdict)
+    stuck = run(eight_schools, num_chains=8, num_samples=60, num_superchains=8)
+    stuck._draws.values[""][:, 3] = 9.0  # a chain in a place of its own
+    stuck._samples = stuck._diagnostics = None
+    assert not stuck.check().passed
 
 
 def test_arviz_has_deterministic_sites():
