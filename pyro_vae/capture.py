@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .graphs import share_matrices
 from .unconstrained import LatentSite, UnconstrainedModel, _no_validation, _no_vmap_warning
 
 __all__ = ["Captured", "LatentSite", "UnconstrainedModel", "capture"]
@@ -207,8 +208,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
 
     def constant(value: Tensor, before: fx.Node) -> fx.Node:
         name = f"_folded_{sum(1 for _ in module.named_buffers())}"
-        # A copy: a view would change with what it is a view of.
-        module.register_buffer(name, value.clone())
+        module.register_buffer(name, value)
         with graph.inserting_before(before):
             return graph.get_attr(name)
 
@@ -281,6 +281,7 @@ def capture(
     try:
         with torch.no_grad(), _no_vmap_warning():
             graph = make_fx(flat)(*tensors)
+            share_matrices(graph)
             _fold_constants(graph)
     except Exception as error:
         fn(*inputs)  # an error of the function itself is the caller's to see

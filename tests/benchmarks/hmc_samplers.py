@@ -278,7 +278,7 @@ class Nutpie(Sampler):
         _, short = self._run(seed, few)
         draws, total = self._run(seed, num_draws)
         sampling = (total - short) * num_draws / (num_draws - few)
-        return Run(draws, total - sampling, sampling)
+        return Run(draws, max(total - sampling, 0.0), sampling)
 
 
 class PyroNUTS(Sampler):
