@@ -69,6 +69,16 @@ class Draws:
         count: Number of draws so far.
     """
 
+    FIELDS = (
+        "position",
+        "potential",
+        "energy",
+        "accept_prob",
+        "accepted",
+        "diverging",
+        "num_steps",
+    )
+
     def __init__(
         self,
         num_samples: int,
@@ -110,29 +120,28 @@ class Draws:
     @classmethod
     def of_chains(
         cls,
-        draws: Any,
+        draws: Mapping[str, Tensor],
         sites: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
         directory: Path | None = None,
     ) -> Draws:
         r"""Take over what another sampler has drawn.
 
         Args:
-            draws: A tuple of ``position`` [num_chains, num_samples, dim], ``potential``,
-                ``energy``, ``accept_prob``, ``accepted``, ``diverging`` and ``num_steps``
+            draws: The fields ``FIELDS``, ``position`` [num_chains, num_samples, dim] and the others
                 [num_chains, num_samples].
             sites: As for the class.
             directory: As for the class.
         """
-        position = draws.position
-        first = HMCState(position[:, 0], draws.potential[:, 0], position[:, 0])
+        position = draws["position"]
+        first = HMCState(position[:, 0], draws["potential"][:, 0], position[:, 0])
         result = cls(position.shape[1], first, sites, directory)
         rows = {"": position} if sites is None else sites(position.flatten(0, 1))
         for name, row in rows.items():
             chains = row if sites is None else row.unflatten(0, position.shape[:2])
             result.values[name].copy_(chains.transpose(0, 1))
-        for name in ("potential", "energy", "accept_prob", "accepted", "diverging"):
-            result.stats[name].copy_(getattr(draws, name).t())
-        result.stats["num_steps"] = draws.num_steps.t()  # here each chain has its own
+        for name in cls.FIELDS[1:-1]:
+            result.stats[name].copy_(draws[name].t())
+        result.stats["num_steps"] = draws["num_steps"].t()  # here each chain has its own
         result.count = position.shape[1]
         return result
 

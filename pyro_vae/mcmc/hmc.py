@@ -1,6 +1,7 @@
 """Hamiltonian Monte Carlo with hundreds of chains as one batch of tensors."""
 
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -290,7 +291,7 @@ class HMC:
         """Let Pyro's NUTS draw from a model that cannot be batched."""
         draws = run_nuts(
             self.model_density,
-            self._num_samples,
+            self._num_samples * self.thin,
             self.warmup_steps,
             self.num_chains,
             reason=reason,
@@ -299,10 +300,12 @@ class HMC:
             progress=self.progress,
             seed=self._seed,
         )
+        kept = slice(self.thin - 1, None, self.thin)
+        by_draw = {name: getattr(draws, name)[:, kept] for name in Draws.FIELDS}
         self.num_chains = self.num_superchains = len(draws.position)
         self.step_size = float(draws.step_size.mean())
         saved = None if self.save_params is None else self._saved
-        self._draws = Draws.of_chains(draws, saved, self.draws_dir)
+        self._draws = Draws.of_chains(by_draw, saved, self.draws_dir)
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Warm up without sampling; the arguments are the model's.
@@ -487,6 +490,15 @@ class HMC:
         if len(position) * density.size > _SMALL:
             graph = capture(potential, position[:2], compile=False).graph
             work = 0 if graph is None else peak_bytes(graph, position[:2]) // 2 * len(position)
+        if self.draws_dir is not None:
+            self.draws_dir.mkdir(parents=True, exist_ok=True)
+            left = shutil.disk_usage(self.draws_dir).free
+            if draws > left:
+                raise ValueError(
+                    f"draws_dir: found {left / 2**30:.1f} GiB free in {self.draws_dir}; expected "
+                    f"{draws / 2**30:.1f} GiB, for {self._num_samples} draws of {len(position)} "
+                    "chains"
+                )
         free = available_bytes(density.device)
         in_memory = work + (draws if self.draws_dir is None else 0)
         if free is not None and in_memory > free:
@@ -534,12 +546,13 @@ class HMC:
         sizes = chains.position.new_full((len(chains.position), 1), self.step_size)
         saved = None if self.save_params is None else self._saved
         draws = Draws(self._num_samples, chains, saved, self.draws_dir)
-        generator = self._generator(1)
+        generator = self._generator(state.stream)
         steps = self._schedule.num_steps(self.trajectory_length, self.step_size)
         wide = adaptation.narrow_places
         with self._bar("sample", self._num_samples) as bar:
             try:
                 while draws.count < self._num_samples:
+                    diverging = torch.zeros_like(chains.potential, dtype=torch.bool)
                     for _ in range(self.thin):
                         chains, info = hmc_step(
                             kernel,
@@ -549,7 +562,8 @@ class HMC:
                             steps,
                             generator,
                         )
-                    draws.append(chains, info)
+                        diverging |= info.diverging
+                    draws.append(chains, info._replace(diverging=diverging))
                     self._show(bar, info, self.step_size, draws)
             except KeyboardInterrupt:
                 if draws.count == 0:
@@ -560,7 +574,7 @@ class HMC:
                 )
         draws.finish()
         self._draws = draws
-        self.last_state = state._replace(chains=chains)
+        self.last_state = state._replace(chains=chains, stream=state.stream + 1)
 
     def _bar(self, stage: str, total: int) -> Any:
         return tqdm(desc=stage, total=total, disable=not self.progress)

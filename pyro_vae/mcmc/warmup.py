@@ -53,6 +53,8 @@ class WarmupState(NamedTuple):
         num_superchains: Number of distinct starting points of the chains.
         generator_state: State of the warm-up's random number generator, so that an interrupted
             warm-up goes on as if nothing had happened.
+        stream: Which random numbers sampling uses, so that a run that goes on where another ended
+            does not use the same again.
     """
 
     chains: HMCState
@@ -60,6 +62,7 @@ class WarmupState(NamedTuple):
     sites: dict[str, list[int]]
     num_superchains: int
     generator_state: Tensor
+    stream: int = 1
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file, to be read by `load`."""
@@ -90,6 +93,7 @@ class WarmupState(NamedTuple):
             sites=data["sites"],
             num_superchains=data["num_superchains"],
             generator_state=data["generator_state"].cpu(),
+            stream=data["stream"],
         )
 
 
