@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from .graphs import share_matrices
 from .unconstrained import LatentSite, UnconstrainedModel, _no_validation, _no_vmap_warning
 
-__all__ = ["Captured", "LatentSite", "UnconstrainedModel", "capture"]
+__all__ = ["Captured", "LatentSite", "UnconstrainedModel", "capture", "same_graph"]
 
 
 class Captured:
@@ -227,6 +227,28 @@ def _fold_constants(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(constant(values[node], node))
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def same_graph(one: Captured | None, two: Captured | None) -> bool:
+    """Whether two captured functions compute the same, constants and all.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> twice, also, thrice = (capture(lambda x, c=c: c * x, x, compile=False) for c in (2, 2, 3))
+        >>> same_graph(twice, also), same_graph(twice, thrice)
+        (True, False)
+    """
+    if one is None or two is None or one.graph is None or two.graph is None:
+        return False
+    if one._expected != two._expected or one._structure != two._structure:
+        return False
+    (code, constants), (other_code, others) = (
+        (module.code, held) for module, held in map(_lift, (one.graph, two.graph))
+    )
+    return code == other_code and all(
+        Captured._describe(x) == Captured._describe(y) and torch.equal(x, y)
+        for x, y in zip(constants, others, strict=True)
+    )
 
 
 def capture(

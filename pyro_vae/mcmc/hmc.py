@@ -15,7 +15,7 @@ from pyro.ops.stats import hpdi
 from torch import Tensor
 from tqdm import tqdm
 
-from ..capture import Captured, UnconstrainedModel, capture
+from ..capture import Captured, UnconstrainedModel, capture, same_graph
 from ..threads import one_thread_if_small
 from .adaptation import jittered
 from .checks import Verdict, check_mcmc
@@ -91,6 +91,14 @@ class _Kernel(NamedTuple):
     """What arviz asks of a Pyro MCMC kernel."""
 
     model: Callable[..., Any]
+
+
+class _Made(NamedTuple):
+    """The programs of a run, and the potential that they were made for."""
+
+    potential: Captured
+    dense: bool
+    kernel: HMCKernel
 
 
 class HMC:
@@ -247,6 +255,7 @@ class HMC:
         self.warmup_state: WarmupState | None = None
         self.last_state: WarmupState | None = None
         self._programs: dict[str, Captured] = {}
+        self._made: _Made | None = None
         self._metric = metric
         self._schedule = Schedule(
             self.warmup_steps,
@@ -372,10 +381,15 @@ class HMC:
         position = self._start() if self.warmup_state is None else self._resume_at()
         potential = potential_and_gradient(density.log_density)
         self._check_memory(potential, position)
-        # Pyro's handlers run once; the programs are made of the graph that is left.
-        potential = capture(potential, position, compile=False).run
+        # Pyro's handlers run once; the programs are made of the graph that is left. Where it is the
+        # one of the last run, so are they.
+        captured = capture(potential, position, compile=False)
+        potential = captured.run
         chains = HMCState(position, *potential(position))
         metric = Metric.unit(position[0], self._dense())
+        made = self._made
+        if made is not None and made.dense == metric.dense and same_graph(made.potential, captured):
+            return made.kernel, chains
         step_size, momentum = position.new_ones((len(position), 1)), position
         lengths = [1]
         small = len(position) * density.size <= _UNROLL_UP_TO
@@ -391,6 +405,7 @@ class HMC:
             begin=self._program("begin", begin, chains.potential, momentum, *metric),
             end=self._program("end", end, *inputs),
         )
+        self._made = _Made(captured, metric.dense, kernel)
         return kernel, chains
 
     def _program(

@@ -13,7 +13,7 @@ in constrained space.
 
 *Effective draws a second*, after compilation and warm-up: these, divided by the seconds of the
 sampling phase alone, until the draws are numpy arrays. Each sampler draws so many that its phase
-lasts about two seconds (Pyro's NUTS a fixed few: its figure gives the order of magnitude only).
+lasts about two seconds, or 400,000 if these take less (Pyro's NUTS a fixed few: its figure gives the order of magnitude only).
 On a busy machine `--clock cpu` counts the CPU seconds of all threads instead.
 Every sampler has its warm-up anew in each round; the rounds take the samplers in turn; medians of
 the rounds, and ratios within a round.
@@ -60,6 +60,7 @@ from pyro_vae.models.posteriors import POSTERIORS
 
 EFFECTIVE_DRAWS = 100_000
 PHASE_SECONDS = 2.0
+MOST_IN_ALL = 400_000  # draws of all chains, of which arviz takes a second a parameter
 DEFAULT_SAMPLERS = ["ours", "numpyro", "blackjax", "nutpie", "pyro"]
 
 
@@ -101,10 +102,12 @@ def calibrate(ready: Sampler) -> int:
     num_draws = 100
     while True:
         ready.run(0, num_draws)  # compiles
-        seconds = max(ready.run(1, num_draws).sampling_seconds, 1e-3)
+        run = ready.run(1, num_draws)
+        seconds = max(run.sampling_seconds, 1e-3)
         # Fewer draws are no chain to judge, more take memory and arviz's time.
         wanted = int(num_draws * min(PHASE_SECONDS / seconds, 30.0))
-        wanted = min(max(wanted, 100), MOST_DRAWS)
+        num_chains = len(next(iter(run.draws.values())))
+        wanted = min(max(wanted, 100), MOST_DRAWS, max(MOST_IN_ALL // num_chains, 100))
         if seconds > PHASE_SECONDS / 2 or wanted <= num_draws:
             return num_draws
         num_draws = wanted

@@ -14,13 +14,12 @@ from pyro_vae.models import posteriors
 
 CHAINS = [16, 64, 256, 1024, 4096]
 DIMENSIONS = [10, 32, 100, 316, 1000]
-NUM_DRAWS = 100
-ROUNDS = 3
+NUM_DRAWS, WARMUP_STEPS, ROUNDS = 50, 150, 3
 
 
 def seconds_a_draw(model: Callable, args: tuple, num_chains: int) -> float:
     """Return the median seconds of one iteration of all chains, after compilation and warm-up."""
-    mcmc = HMC(model, num_chains, NUM_DRAWS, 200, progress=False, compile=True, seed=0)
+    mcmc = HMC(model, num_chains, NUM_DRAWS, WARMUP_STEPS, compile=True, progress=False, seed=0)
     mcmc.warmup(*args)
     found = []
     for k in range(ROUNDS + 1):
@@ -36,25 +35,31 @@ def growth(path: str) -> list[dict[str, Any]]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = []
-    args = posteriors.hierarchical_regression_data()
+    print("\n| posterior | chains | dimension | ms an iteration | µs a draw of one chain |")
+    print("|---|---|---|---|---|", flush=True)
+    records: list[dict[str, Any]] = []
+
+    def measure(posterior: str, args: tuple, num_chains: int, dim: int) -> None:
+        seconds = seconds_a_draw(getattr(posteriors, posterior), args, num_chains)
+        records.append({"posterior": posterior, "num_chains": num_chains, "dim": dim})
+        records[-1] |= {"seconds": seconds}
+        print(
+            f"| {posterior} | {num_chains} | {dim} | {1e3 * seconds:.2f} "
+            f"| {1e6 * seconds / num_chains:.2f} |",
+            flush=True,
+        )
+
     for num_chains in CHAINS:
-        seconds = seconds_a_draw(posteriors.hierarchical_regression, args, num_chains)
-        records.append({"posterior": "hierarchical_regression", "num_chains": num_chains})
-        records[-1] |= {"dim": 85, "seconds": seconds}
+        args = posteriors.hierarchical_regression_data()
+        measure("hierarchical_regression", args, num_chains, 85)
     for dim in DIMENSIONS:
-        args = posteriors.correlated_gaussian_data(dim, 100.0)
-        seconds = seconds_a_draw(posteriors.correlated_gaussian, args, 256)
-        records.append({"posterior": "correlated_gaussian", "num_chains": 256})
-        records[-1] |= {"dim": dim, "seconds": seconds}
+        measure("correlated_gaussian", posteriors.correlated_gaussian_data(dim, 100.0), 256, dim)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     panels = [
         ("num_chains", "chains", "hierarchical_regression", "85 dimensions"),
         ("dim", "dimension", "correlated_gaussian", "256 chains, condition number 100"),
     ]
-    print("\n| posterior | chains | dimension | ms an iteration | µs a draw of one chain |")
-    print("|---|---|---|---|---|")
     for axis, (key, label, posterior, note) in zip(axes, panels, strict=True):
         of_panel = [record for record in records if record["posterior"] == posterior]
         x = [record[key] for record in of_panel]
@@ -65,11 +70,6 @@ def growth(path: str) -> list[dict[str, Any]]:
         axis.title.set_size(9)
         axis.grid(True, which="major", alpha=0.3)
         axis.legend()
-        for record, per_chain in zip(of_panel, each, strict=True):
-            print(
-                f"| {posterior} | {record['num_chains']} | {record['dim']} "
-                f"| {1e3 * record['seconds']:.2f} | {1e6 * per_chain:.2f} |"
-            )
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return records
