@@ -234,8 +234,8 @@ def same_graph(one: Captured | None, two: Captured | None) -> bool:
 
     Example:
         >>> x = torch.ones(2)
-        >>> twice, also, thrice = (capture(lambda x, c=c: c * x, x, compile=False) for c in (2, 2, 3))
-        >>> same_graph(twice, also), same_graph(twice, thrice)
+        >>> times = [capture(lambda x, c=c: c * x, x, compile=False) for c in (2, 2, 3)]
+        >>> same_graph(times[0], times[1]), same_graph(times[0], times[2])
         (True, False)
     """
     if one is None or two is None or one.graph is None or two.graph is None:

@@ -13,7 +13,8 @@ in constrained space.
 
 *Effective draws a second*, after compilation and warm-up: these, divided by the seconds of the
 sampling phase alone, until the draws are numpy arrays. Each sampler draws so many that its phase
-lasts about two seconds, or 400,000 if these take less (Pyro's NUTS a fixed few: its figure gives the order of magnitude only).
+lasts about two seconds, or 400,000 if these take less (Pyro's NUTS a fixed few: its figure gives
+the order of magnitude only).
 On a busy machine `--clock cpu` counts the CPU seconds of all threads instead.
 Every sampler has its warm-up anew in each round; the rounds take the samplers in turn; medians of
 the rounds, and ratios within a round.
