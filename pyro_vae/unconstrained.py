@@ -373,6 +373,7 @@ class UnconstrainedModel:
         self.discrete: tuple[str, ...] = ()
         self._params: dict[str, Tensor] = {}
         self._substitutes: dict[str, Tensor] = {}
+        self._enumerated_size = 0
         self._batching = "plain"  # or "filled", or "none": see _map
         with torch.no_grad(), _private_random_state(), _private_params(), _RowByRow():
             trace = self._validated_run()
@@ -447,8 +448,9 @@ class UnconstrainedModel:
 
     @property
     def size(self) -> int:
-        """How many numbers one evaluation is over, latent and observed."""
-        return self.dim + sum(value.numel() for value in self.observed.values())
+        """How many numbers one evaluation is over, latent and observed, enumerated ones included."""
+        observed = sum(value.numel() for value in self.observed.values())
+        return self.dim + max(observed, self._enumerated_size)
 
     # -- the model's structure --------------------------------------------------------------
 
@@ -609,7 +611,9 @@ class UnconstrainedModel:
 
         try:
             other = self._run(choose, enumerate_discrete=True)
-            self._joint(other, {**self._latents(other), **self._observed(other)})
+            sites = {**self._latents(other), **self._observed(other)}
+            self._enumerated_size = sum(self._site_log_prob(x).numel() for x in sites.values())
+            self._joint(other, sites)
         except Exception as error:
             raise ValueError(
                 f"the discrete latent sites {list(self.discrete)} cannot be summed out; the "

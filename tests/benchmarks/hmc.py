@@ -22,7 +22,8 @@ the rounds, and ratios within a round.
 *Seconds for 100,000 effective draws* (`--cold`): compilation + warm-up + 100,000 / the rate above.
 Compilation and warm-up are measured in a fresh process with empty caches (torch's, pytensor's and
 numba's; JAX keeps none unless told to), and once more in a second process that finds the caches of
-the first. Importing the packages is counted for none.
+the first. Importing the packages is counted for none. `--rates FILE.csv` takes the rates of an
+earlier run's `--out`.
 
 `--check` compares the peers' models with ours, by log density (NumPyro, PyMC) and thereby by
 posterior. `--growth` plots our time a draw against chains and dimension. `--cuda` runs ours and
@@ -232,7 +233,7 @@ def cold(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         figures = []
         with tempfile.TemporaryDirectory() as caches:
             for cache in ("empty", "filled"):
-                found = _in_fresh_process(posterior, sampler, runs[0]["num_draws"], caches)
+                found = _in_fresh_process(posterior, sampler, int(runs[0]["num_draws"]), caches)
                 seconds = found["compile"] + found["warmup"] + EFFECTIVE_DRAWS / rate
                 figures += [found["compile"], found["warmup"], seconds]
                 totals.append(
@@ -342,6 +343,17 @@ def _write(path: str | None, records: list[dict[str, Any]]) -> None:
             )
 
 
+def _read(path: str) -> list[dict[str, Any]]:
+    with Path(path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    text = ("posterior", "sampler")
+    return [
+        {k: v if k in text else float(v) for k, v in row.items() if v != ""}
+        for row in rows
+        if row.get("min_ess")
+    ]
+
+
 def _names(kind: str, text: str, known: list[str]) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -364,6 +376,7 @@ def main() -> None:
         help="cpu: seconds of all threads together, for a machine that is busy with other work",
     )
     parser.add_argument("--cold", action="store_true", help="compilation too, in fresh processes")
+    parser.add_argument("--rates", metavar="FILE.csv", help="take these, for --cold, as measured")
     parser.add_argument("--check", action="store_true", help="compare the peers' models with ours")
     parser.add_argument("--growth", metavar="FILE.png", help="plot time a draw against size")
     parser.add_argument("--cuda", action="store_true", help="4096 chains on a CUDA device")
@@ -392,7 +405,10 @@ def main() -> None:
     else:
         for sampler in samplers:  # a missing peer is said at once, not after an hour
             SAMPLERS[sampler].require()
-        records = rates(posteriors, samplers, options.rounds)
+        if options.rates:
+            records = [r for r in _read(options.rates) if r["posterior"] in posteriors]
+        else:
+            records = rates(posteriors, samplers, options.rounds)
         _write(options.out, records)
         if options.cold:
             _write(options.out, records + cold(records))
