@@ -9,7 +9,7 @@ such a density or its gradient, into one graph and compiles it.
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -169,6 +169,32 @@ def _mutated(node: fx.Node) -> list[fx.Node]:
     return changed
 
 
+def _evaluate(
+    module: fx.GraphModule, constant: Iterable[fx.Node], wanted: set[fx.Node]
+) -> dict[fx.Node, Tensor]:
+    """Return the values of some of the constant nodes, holding others no longer than needed."""
+    needed = set(wanted)
+    pending = list(wanted)
+    while pending:
+        new = [x for x in pending.pop().all_input_nodes if x not in needed]
+        needed.update(new)
+        pending += new
+    order = [node for node in constant if node in needed]
+    last = {x: node for node in order for x in node.all_input_nodes}
+    values: dict[fx.Node, Any] = {}
+    for node in order:
+        if node.op == "get_attr":
+            values[node] = getattr(module, str(node.target))
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for x in node.all_input_nodes:
+            if last[x] is node and x not in wanted:
+                del values[x]
+    return values
+
+
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
@@ -187,44 +213,48 @@ def _fold_constants(module: fx.GraphModule) -> None:
         if node not in changing:
             changing.add(node)
             pending += node.all_input_nodes
-    values: dict[fx.Node, Any] = {}
+    constant: dict[fx.Node, Any] = {}  # as a set, in order
     for node in graph.nodes:
-        if node in changing or not all(x in values for x in node.all_input_nodes):
+        if node in changing or not all(x in constant for x in node.all_input_nodes):
             continue
         if node.op == "get_attr":
-            values[node] = getattr(module, node.target)
+            constant[node] = getattr(module, node.target)
         elif node.op == "call_function" and not _is_random(node) and not _mutated(node):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            with torch.no_grad():
-                values[node] = node.target(*args, **kwargs)
+            constant[node] = node.meta.get("val")
 
-    def pays(node: fx.Node, value: Any) -> bool:
+    def pays(node: fx.Node) -> bool:
         """Whether to read it from memory: not zeros and the like, nor what outgrows its parts."""
-        if node.op != "call_function" or not isinstance(value, Tensor) or not node.all_input_nodes:
+        parts = [constant[x] for x in node.all_input_nodes]
+        if node.op != "call_function" or not parts or not isinstance(constant[node], Tensor):
             return False
-        parts = [values[x].numel() for x in node.all_input_nodes if isinstance(values[x], Tensor)]
-        needed = not all(user in values for user in node.users)
-        return needed and value.numel() <= max([*parts, 1024])
+        largest = max(x.numel() if isinstance(x, Tensor) else 0 for x in parts)
+        needed = not all(user in constant for user in node.users)
+        return needed and constant[node].numel() <= max(largest, 1024)
 
-    def constant(value: Tensor, before: fx.Node) -> fx.Node:
+    folded = [node for node in constant if pays(node)]
+    indexing = [
+        node for node in graph.nodes if getattr(node.target, "overloadpacket", None) in _INDEXING
+    ]
+    indices = {x for node in indexing for x in node.args[1] if x in constant}
+    masks = [x for x in indices if constant[x] is not None and constant[x].dtype is torch.bool]
+    values = _evaluate(module, constant, {*folded, *masks})
+
+    def hold(value: Tensor, before: fx.Node) -> fx.Node:
         name = f"_folded_{sum(1 for _ in module.named_buffers())}"
         module.register_buffer(name, value)
         with graph.inserting_before(before):
             return graph.get_attr(name)
 
-    folded = [node for node, value in values.items() if pays(node, value)]
-    for node in list(graph.nodes):
-        if getattr(node.target, "overloadpacket", None) in _INDEXING:
-            indices: list[Any] = []
-            for index in node.args[1]:
-                value = values.get(index)
-                if isinstance(value, Tensor) and value.dtype is torch.bool:
-                    indices += [constant(x, node) for x in value.nonzero(as_tuple=True)]
-                else:
-                    indices.append(index)
-            node.update_arg(1, indices)
+    for node in indexing:
+        numbers: list[Any] = []
+        for index in node.args[1]:
+            if index in masks:
+                numbers += [hold(x, node) for x in values[index].nonzero(as_tuple=True)]
+            else:
+                numbers.append(index)
+        node.update_arg(1, numbers)
     for node in folded:
-        node.replace_all_uses_with(constant(values[node], node))
+        node.replace_all_uses_with(hold(values[node], node))
     graph.eliminate_dead_code()
     module.recompile()
 

@@ -131,6 +131,9 @@ class _RowByRow(TorchFunctionMode):
         zero: A zero of the batch, if new tensors are to be of the batch too. Otherwise a model that
             makes a tensor of zeros and fills it with what depends on the latents, step by step,
             cannot be batched.
+
+    Attributes:
+        met: Whether any operation was one of these. A model that has none runs without this.
     """
 
     _INSTEAD: ClassVar[dict[Any, Callable[..., Tensor]]] = {
@@ -143,6 +146,11 @@ class _RowByRow(TorchFunctionMode):
         torch.linalg.solve: _solve,
         torch.Tensor.data.__get__: torch.Tensor.detach,  # type: ignore[attr-defined]
     }
+    _VALUE = frozenset(
+        getattr(torch.Tensor, name)
+        for name in ("__bool__", "__float__", "__index__", "__int__", "item", "tolist")
+    )
+    _SPECIAL = frozenset({torch.Tensor.__setitem__, *_INSTEAD, *_VALUE})
     _NEW = frozenset(
         getattr(of, prefix + name + suffix)
         for of, prefix, suffix in [
@@ -153,20 +161,22 @@ class _RowByRow(TorchFunctionMode):
         for name in ("zeros", "ones", "empty", "full")
     )
 
-    _VALUE = frozenset(
-        getattr(torch.Tensor, name)
-        for name in ("__bool__", "__float__", "__index__", "__int__", "item", "tolist")
-    )
-
     def __init__(self, batched: bool = False, zero: Tensor | None = None) -> None:
         super().__init__()
         self.batched = batched
         self.zero = zero
+        self.met = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in self._SPECIAL:
+            result = func(*args, **kwargs)
+            if self.zero is not None and func in self._NEW and result.is_floating_point():
+                return result + self.zero.to(result)
+            return result
+        self.met = True
         if func is torch.Tensor.__setitem__:
             tensor, index, value = args
             is_mask = isinstance(index, Tensor) and index.dtype is torch.bool
@@ -178,11 +188,8 @@ class _RowByRow(TorchFunctionMode):
                 with disable_proxy_modes_tracing():
                     return func(*args, **kwargs)
         elif "out" not in kwargs:
-            func = self._INSTEAD.get(func, func)
-        result = func(*args, **kwargs)
-        if self.zero is not None and func in self._NEW and result.is_floating_point():
-            return result + self.zero.to(result)
-        return result
+            func = self._INSTEAD[func]
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -393,6 +400,8 @@ class UnconstrainedModel:
                 )
                 # What depends on a discrete site, which no probe need show.
                 mixed = self._check_enumeration(again) if self.discrete else set()
+                # A mode costs as much as the operations of a small model.
+                self._needs_mode = self._meets_special(again)
 
         self.sites: dict[str, LatentSite] = {}
         start = 0
@@ -448,7 +457,7 @@ class UnconstrainedModel:
 
     @property
     def size(self) -> int:
-        """How many numbers one evaluation is over, latent and observed, enumerated ones included."""
+        """How many numbers one evaluation is over: latent, observed, and each value enumerated."""
         observed = sum(value.numel() for value in self.observed.values())
         return self.dim + max(observed, self._enumerated_size)
 
@@ -602,15 +611,24 @@ class UnconstrainedModel:
                     f"{first}, another {second}; expected the same sites and shapes in every run"
                 )
 
+    def _rerun(self, trace: Any) -> Any:
+        """Run the model again at the continuous values of a trace, with the others enumerated."""
+        values = {name: site["value"] for name, site in self._continuous(trace).items()}
+        return self._run(lambda name, fn: values.get(name), bool(self.discrete))
+
+    def _meets_special(self, trace: Any) -> bool:
+        """Whether the model or its density does anything of which `_RowByRow` takes care."""
+        with _RowByRow() as mode:
+            other = self._rerun(trace)
+            for site in {**self._latents(other), **self._observed(other)}.values():
+                self._site_log_prob(site)
+        return mode.met
+
     def _check_enumeration(self, trace: Any) -> set[str]:
         """Check that the discrete sites can be summed out; return which sites depend on them."""
         latents = self._continuous(trace)
-
-        def choose(name: str, fn: Any) -> Tensor | None:
-            return latents[name]["value"] if name in latents else None
-
         try:
-            other = self._run(choose, enumerate_discrete=True)
+            other = self._rerun(trace)
             sites = {**self._latents(other), **self._observed(other)}
             self._enumerated_size = sum(self._site_log_prob(x).numel() for x in sites.values())
             self._joint(other, sites)
@@ -765,6 +783,8 @@ class UnconstrainedModel:
         """Keep what goes wrong in a row in that row, in a batch or alone."""
 
         def run(values: Any) -> Any:
+            if not self._needs_mode and self._batching != "filled":
+                return row(values)
             leaf, zero = tree_leaves(values)[0], None
             if self._batching == "filled":
                 zero = torch.zeros_like(leaf.reshape(-1)[0])

@@ -692,3 +692,43 @@ def test_a_dependence_through_a_comparison():
         pyro.set_rng_seed(seed)
         z, w = UnconstrainedModel(model).sample_prior(4000).T
         assert torch.equal(z > 2.5, w > 50.0)
+
+
+@pytest.mark.gpu
+def test_on_cuda():
+    """A mixture of two normals with an unsure covariance, summed out, captured and compiled."""
+
+    def model(x):
+        weights = pyro.sample("weights", dist.Dirichlet(x.new_ones(2)))
+        r = pyro.sample("r", dist.Uniform(-1.5 * x.new_ones(()), 1.5))
+        covariance = torch.eye(2, device=x.device) + r * (1 - torch.eye(2, device=x.device))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(weights))
+            loc = (2.0 * k).unsqueeze(-1).expand((*k.shape, 2))
+            y = dist.MultivariateNormal(loc, covariance_matrix=covariance)
+            pyro.sample("y", y, obs=x)
+
+    x = torch.randn(5, 2)
+    densities = [
+        UnconstrainedModel(model, (x.to(device),), enumerate_discrete=True)
+        for device in ("cpu", "cuda")
+    ]
+    z = torch.linspace(-3, 3, 20).unsqueeze(-1).expand(20, 2).contiguous()
+    expected = densities[0].log_density(z)
+    assert 0 < int(torch.isnan(expected).sum()) < 20
+    gradients = [
+        torch.func.grad(lambda points, d=d: d.log_density(points).sum()) for d in densities
+    ]
+    for compile in (False, True):
+        captured = capture(gradients[1], z.cuda(), compile=compile)
+        assert captured.compiled == compile
+        found = captured(z.cuda())
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(
+            found.cpu(), gradients[0](z), rtol=1e-3, atol=1e-3, equal_nan=True
+        )
+    torch.testing.assert_close(
+        densities[1].log_density(z.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4, equal_nan=True
+    )
+    assert densities[1].initial(8).device.type == "cuda"
+    assert densities[1].log_likelihood(z.cuda())["y"].shape == (20, 5)
