@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,18 @@ def _numpy_data(posterior: str, dtype: torch.dtype) -> list:
     return [a.numpy() if isinstance(a, torch.Tensor) else a for a in args]
 
 
+def timed_hmc(*args: Any, **kwargs: Any) -> Any:
+    """Return an `HMC` whose ``sampling_started`` says when `run` had captured the model again."""
+    from pyro_vae.mcmc import HMC
+
+    class TimedHMC(HMC):
+        def _sample(self, *args):
+            self.sampling_started = clock()
+            super()._sample(*args)
+
+    return TimedHMC(*args, **kwargs)
+
+
 class Ours(Sampler):
     """`pyro_vae.mcmc.HMC` with its defaults (256 chains, float32), compiled even for few draws."""
 
@@ -78,29 +90,18 @@ class Ours(Sampler):
         self.num_chains, self.num_draws = num_chains, 0
 
     def run(self, seed: int, num_draws: int) -> Run:
-        from pyro_vae.mcmc import HMC
-
-        class TimedHMC(HMC):
-            """Tells when sampling begins: `run` captures the model anew before it."""
-
-            def _sample(self, *args):
-                self.sampling_started = clock()
-                super()._sample(*args)
-
         if num_draws != self.num_draws:
-            self.mcmc = TimedHMC(
+            self.mcmc = timed_hmc(
                 self.model, self.num_chains, num_draws, compile=True, progress=False
             )
             self.num_draws = num_draws
         self.mcmc.seed = seed
         started = clock()
         self.mcmc.warmup(*self.args)
-        warm = clock()
         self.mcmc.run(*self.args)
         draws = {k: v.cpu().numpy() for k, v in self.mcmc.get_samples(group_by_chain=True).items()}
-        done = clock()
-        ready = self.mcmc.sampling_started
-        return Run(draws, warm - started + ready - warm, done - ready)
+        sampling_started = self.mcmc.sampling_started
+        return Run(draws, sampling_started - started, clock() - sampling_started)
 
 
 class NumPyroNUTS(Sampler):
