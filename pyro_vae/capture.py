@@ -463,7 +463,7 @@ def _options(one_file: bool) -> dict[str, Any]:
     Args:
         one_file: Whether to compile all loops, and what calls them, as one C++ program. Otherwise
             each loop is one, and to parse torch's headers takes the compiler longer than all the
-            rest; but a call is faster, by some 10 µs for a leapfrog step.
+            rest; but a call is faster, by some 2 µs for a leapfrog step.
     """
     import torch._inductor.config as config
 
