@@ -16,7 +16,7 @@ from pyro_vae.mcmc import HMC
 from pyro_vae.models import eight_schools_noncentered
 
 # One draw of each chain makes ranks from 0 to 63, in eight bins of eight ranks.
-NUM_CHAINS, NUM_BINS, NUM_DATA = 63, 8, 64
+NUM_CHAINS, NUM_BINS, NUM_DATA = 63, 8, 128
 
 
 def eight_schools(y=None):
@@ -51,7 +51,7 @@ def smallest_p_value(model, seed, num_data=NUM_DATA, **truth):
     for index in range(num_data):
         pyro.set_rng_seed(seed * num_data + index)
         trace = pyro.poutine.trace(model).get_trace(**truth)
-        mcmc.seed = index
+        mcmc.seed = 10_000 + index  # not the truth's: chains start at draws of the prior
         mcmc.run(trace.nodes["y"]["value"])
         below = {
             name: (draws[:, -1] < trace.nodes[name]["value"]).sum(0).flatten()
