@@ -18,6 +18,7 @@ __all__ = [
     "TrajectoryLength",
     "adapt",
     "back_off",
+    "halton",
     "harmonic_mean_acceptance",
     "jittered",
     "num_leapfrog_steps",
@@ -40,9 +41,13 @@ _MIN_LENGTH = 0.3
 # a trajectory has forgotten where it began.
 QUARTER_PERIOD = math.pi / 2
 
-# Binary orders of magnitude of wide jitter, and the fraction of transitions that diverge from which
-# it is used.
+# Width of the interval of step sizes, as a fraction of the largest.
+_STEP_JITTER = 0.2
+
+# Binary orders of magnitude of wide jitter, how far it reaches above the step size, and the
+# fraction of transitions that diverge from which it is used.
 _WIDE = 3.0
+_WIDE_TOP = 0.25
 _WIDE_FROM = 5e-4
 
 # Acceptance under which a chain counts as stuck, and the smallest factor of its step size.
@@ -50,23 +55,52 @@ _STUCK = 0.1
 _MIN_FACTOR = 2.0**-30
 
 
+def halton(index: int) -> float:
+    """Return a number of the Halton sequence in base 2, which fills (0, 1) evenly.
+
+    Args:
+        index: Which, from 1.
+
+    Example:
+        >>> [halton(index) for index in range(1, 6)]
+        [0.5, 0.25, 0.75, 0.125, 0.625]
+    """
+    value, digit = 0.0, 0.5
+    while index:
+        index, bit = divmod(index, 2)
+        value += digit * bit
+        digit /= 2
+    return value
+
+
 def num_leapfrog_steps(
-    trajectory_length: float, step_size: float, jitter: float, max_steps: int
+    trajectory_length: float, step_size: float, jitter: float, max_steps: int, index: int
 ) -> int:
-    r"""Return the number of leapfrog steps that make the longest trajectory, L (1 + jitter).
+    r"""Return the number of leapfrog steps that make a trajectory of a length in L (1 ± jitter).
+
+    Lengths follow a Halton sequence, so that they have no period in common with any component of
+    the target, and few iterations see all of them.
 
     Args:
         trajectory_length: Mean length L.
         step_size: Largest step size ε.
         jitter: Half the width of the interval of lengths, as a fraction of L; 0 to 1.
         max_steps: Largest number of steps; the smallest is 1.
+        index: Number of the iteration, from 0.
+
+    References:
+        | An adaptive MCMC scheme for setting trajectory lengths in HMC (Hoffman, Radul, Sountsov,
+          2021), section 3
+        | https://proceedings.mlr.press/v130/hoffman21a.html
 
     Example:
-        >>> num_leapfrog_steps(1.5, step_size=0.25, jitter=0.5, max_steps=100)
-        9
+        >>> [num_leapfrog_steps(1.5, 0.25, jitter=0.5, max_steps=100, index=i) for i in range(5)]
+        [7, 5, 9, 5, 8]
     """
-    longest = trajectory_length * (1.0 + jitter)
-    return max(1, round(min(longest / step_size, float(max_steps))))
+    length = trajectory_length * (1.0 + jitter * (2.0 * halton(index + 1) - 1.0))
+    mean_step = step_size * (1.0 - min(jitter, _STEP_JITTER) / 2.0)
+    # Rounded up: too short a trajectory costs more than too long a one.
+    return max(1, math.ceil(min(length / mean_step, float(max_steps))))
 
 
 def jittered(
@@ -75,18 +109,15 @@ def jittered(
     generator: torch.Generator | None = None,
     wide: bool = False,
 ) -> Tensor:
-    r"""Return step sizes uniform between :math:`ε (1 - j) / (1 + j)` and ε, one a chain.
-
-    With one number of steps for all chains, lengths are uniform in :math:`L (1 ± j)`, so that they
-    have no period in common with any component of the target, and none is revisited for ever.
+    r"""Return step sizes uniform between 0.8 ε and ε, one a chain, so that no two go in step.
 
     Where a density has places too narrow for the common step size, such as the neck of a funnel, a
-    chain that got there by luck would stick. ``wide`` draws step sizes log-uniformly from ε/8 to ε
-    instead, so that it finds a way out; elsewhere the shorter trajectories are a waste.
+    chain that got there by luck would stick. ``wide`` draws step sizes log-uniformly from 0.15 ε to
+    1.2 ε instead, so that it finds a way out; elsewhere the shorter trajectories are a waste.
 
     Args:
-        step_size: Largest step sizes ε [num_chains, 1].
-        jitter: j, from 0 to 1.
+        step_size: Step sizes ε [num_chains, 1].
+        jitter: That of the lengths, from 0 to 1; step sizes vary by no more.
         generator: Source of randomness; by default torch's global one.
         wide: Whether to let them vary widely.
     """
@@ -94,8 +125,8 @@ def jittered(
         return step_size
     uniform = torch.empty_like(step_size).uniform_(generator=generator)
     if wide:
-        return step_size * torch.exp2(-_WIDE * uniform)
-    return step_size * (1.0 - 2.0 * jitter / (1.0 + jitter) * uniform)
+        return step_size * torch.exp2(_WIDE_TOP - _WIDE * uniform)
+    return step_size * (1.0 - min(jitter, _STEP_JITTER) * uniform)
 
 
 def harmonic_mean_acceptance(accept_prob: Tensor, diverging: Tensor) -> float:

@@ -13,8 +13,9 @@ from .kernel import HMCInfo, HMCState
 
 __all__ = ["Draws", "available_bytes", "peak_bytes"]
 
-# Iterations whose saved sites are computed at once, since one by one is slow.
-_BLOCK = 32
+# Iterations that are written at once, since one by one is slow, and the most memory that they take.
+_BLOCK = 64
+_BLOCK_BYTES = 1 << 24
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -87,7 +88,9 @@ class Draws:
         directory: Path | None = None,
     ) -> None:
         self._sites = sites
-        self._pending: list[Tensor] = []
+        self._pending: list[tuple[Tensor | int, ...]] = []
+        row = state.position.element_size() * (state.position.shape[1] + 4) * len(state.position)
+        self._block = max(1, min(_BLOCK, _BLOCK_BYTES // row))
         self.count = 0
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -153,39 +156,47 @@ class Draws:
 
     def append(self, state: HMCState, info: HMCInfo) -> None:
         """Take in the state after a transition."""
-        index = self.count
-        if self._sites is None:
-            self.values[""][index] = state.position
-        else:
-            self._pending.append(state.position)
-        self.stats["potential"][index] = state.potential
-        self.stats["energy"][index] = info.energy
-        self.stats["accept_prob"][index] = info.accept_prob
-        self.stats["accepted"][index] = info.accepted
-        self.stats["diverging"][index] = info.diverging
-        self.stats["num_steps"][index] = info.num_steps
-        self.count = index + 1
-        if len(self._pending) == _BLOCK:
-            self._flush()
+        self._pending.append(
+            (
+                state.position,
+                state.potential,
+                info.energy,
+                info.accept_prob,
+                info.accepted,
+                info.diverging,
+                info.num_steps,
+            )
+        )
+        self.count += 1
+        if len(self._pending) == self._block:
+            self.flush()
 
-    def _flush(self) -> None:
-        if self._sites is None or not self._pending:
+    def flush(self) -> None:
+        """Write what was taken in."""
+        if not self._pending:
             return
-        positions = torch.stack(self._pending)
-        start = self.count - len(positions)
-        for name, rows in self._sites(positions.flatten(0, 1)).items():
-            self.values[name][start : self.count] = rows.unflatten(0, positions.shape[:2])
+        position, *stats, num_steps = zip(*self._pending, strict=True)
+        rows = slice(self.count - len(num_steps), self.count)
+        if self._sites is None:
+            torch.stack(position, out=self.values[""][rows])
+        else:
+            positions = torch.stack(position)
+            for name, values in self._sites(positions.flatten(0, 1)).items():
+                self.values[name][rows] = values.unflatten(0, positions.shape[:2])
+        for name, values in zip(self.FIELDS[1:-1], stats, strict=True):
+            torch.stack(values, out=self.stats[name][rows])
+        self.stats["num_steps"][rows, 0] = torch.tensor(num_steps)
         self._pending = []
 
     def thinned(self, num: int) -> Tensor:
         """Return about ``num`` of the draws so far, evenly spaced, [num_chains, num, dim]."""
-        count = self.count - len(self._pending)
-        rows = slice(0, count, max(1, count // num))
+        self.flush()
+        rows = slice(0, self.count, max(1, self.count // num))
         parts = [value[rows].flatten(2) for value in self.values.values()]
         return torch.cat(parts, dim=-1).transpose(0, 1)
 
     def finish(self) -> None:
         """Cut off what an interrupt left empty."""
-        self._flush()
+        self.flush()
         self.values = {name: value[: self.count] for name, value in self.values.items()}
         self.stats = {name: value[: self.count] for name, value in self.stats.items()}

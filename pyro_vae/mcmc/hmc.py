@@ -34,6 +34,7 @@ from .kernel import (
     HMCState,
     Metric,
     begin,
+    by_chain,
     end,
     hmc_step,
     make_leapfrog,
@@ -51,6 +52,10 @@ _COMPILE_FROM = 1000
 _UNROLL = 4
 _UNROLL_FROM = 5000
 _UNROLL_UP_TO = 1 << 16
+
+# Up to this dimension, compiled programs on the CPU run over chains, not over dimensions: the inner
+# loops are longer.
+_BY_CHAIN_UP_TO = 32
 
 # A dense metric is the default up to this dimension, if it is made of this many draws a dimension:
 # its products cost dim² a step, which pays where the density itself is not far cheaper.
@@ -108,9 +113,9 @@ class HMC:
     adapt together. In the warm-up they learn a step size (dual averaging on the harmonic mean of
     acceptance), a metric (variances or covariances pooled over chains, in windows that double) and
     a trajectory length (ChEES); a chain that accepts nothing shrinks its own step size until it
-    arrives among the others. Step sizes, and with them lengths, are jittered from chain to chain.
-    Discrete latent sites that
-    can be enumerated are summed out, as Pyro's own kernels do.
+    arrives among the others. Lengths are jittered from iteration to iteration, step sizes from
+    chain to chain. Discrete latent sites that can be enumerated are summed out, as Pyro's own
+    kernels do.
 
     What a model does not allow is given up step by step, with a warning that says why: a model
     that cannot be compiled runs as a graph, one that cannot be captured runs as plain Python under
@@ -128,9 +133,9 @@ class HMC:
         warmup_steps: Iterations before them, which adapt.
         trajectory_length: Mean length of a trajectory, where the metric is the identity; by
             default it is tuned.
-        jitter: Lengths are uniform between ``1 - jitter`` and ``1 + jitter`` times their mean, by
-            step sizes below the largest; where chains diverged in the warm-up, these vary more
-            widely.
+        jitter: Lengths are spread evenly between ``1 - jitter`` and ``1 + jitter`` times their
+            mean, by the number of steps, and step sizes over a fifth; where chains diverged in the
+            warm-up, step sizes vary more widely.
         target_accept: Acceptance probability that the step size is tuned to.
         metric: ``"diag"`` or ``"dense"``; by default dense up to 128 dimensions if there are
             enough chains to learn it from.
@@ -379,13 +384,19 @@ class HMC:
         """Return the compiled programs, and where the chains begin or go on."""
         density = self.model_density
         position = self._start() if self.warmup_state is None else self._resume_at()
+        if self.compile and density.device.type == "cpu" and density.dim <= _BY_CHAIN_UP_TO:
+            layout = by_chain
+        else:
+            layout = torch.Tensor.contiguous
+        position = layout(position)
         potential = potential_and_gradient(density.log_density)
         self._check_memory(potential, position)
         # Pyro's handlers run once; the programs are made of the graph that is left. Where it is the
         # one of the last run, so are they.
         captured = capture(potential, position, compile=False)
         potential = captured.run
-        chains = HMCState(position, *potential(position))
+        energy, gradient = potential(position)
+        chains = HMCState(position, energy, layout(gradient))
         metric = Metric.unit(position[0], self._dense())
         made = self._made
         if made is not None and made.dense == metric.dense and same_graph(made.potential, captured):
@@ -395,26 +406,30 @@ class HMC:
         small = len(position) * density.size <= _UNROLL_UP_TO
         if self.compile and small and self._num_samples * self.thin >= _UNROLL_FROM:
             lengths = [_UNROLL, 1]
+
+        def program(name: str, function: Callable[..., Any], *inputs: Tensor) -> Any:
+            """Capture a function; a run on data of the same shapes finds it compiled."""
+
+            def laid_out(*inputs: Tensor) -> tuple[Tensor, ...]:
+                return tuple(layout(x) if x.dim() == 2 else x for x in function(*inputs))
+
+            earlier = self._programs.get(name)
+            made = capture(laid_out, *inputs, compile=self.compile, reuse=earlier)
+            self._programs[name] = made
+            return made.run
+
         like = (position, momentum, chains.gradient, step_size, metric.inverse_mass)
         leapfrogs = [
-            (n, self._program(f"leapfrog {n}", make_leapfrog(potential, n), *like)) for n in lengths
+            (n, program(f"leapfrog {n}", make_leapfrog(potential, n), *like)) for n in lengths
         ]
         inputs = (*chains, *chains, momentum, *[chains.potential] * 2, metric.inverse_mass)
         kernel = HMCKernel(
             leapfrogs=tuple(leapfrogs),
-            begin=self._program("begin", begin, chains.potential, momentum, *metric),
-            end=self._program("end", end, *inputs),
+            begin=program("begin", begin, chains.potential, momentum, *metric),
+            end=program("end", end, *inputs),
         )
         self._made = _Made(captured, metric.dense, kernel)
         return kernel, chains
-
-    def _program(
-        self, name: str, function: Callable[..., Any], *inputs: Tensor
-    ) -> Callable[..., Any]:
-        """Capture a function; a run on data of the same shapes finds it compiled."""
-        program = capture(function, *inputs, compile=self.compile, reuse=self._programs.get(name))
-        self._programs[name] = program
-        return program.run
 
     def _dense(self) -> bool:
         """Whether the metric is a matrix."""
@@ -562,13 +577,16 @@ class HMC:
         saved = None if self.save_params is None else self._saved
         draws = Draws(self._num_samples, chains, saved, self.draws_dir)
         generator = self._generator(state.stream)
-        steps = self._schedule.num_steps(self.trajectory_length, self.step_size)
-        wide = adaptation.narrow_places
+        index, wide = 0, adaptation.narrow_places
         with self._bar("sample", self._num_samples) as bar:
             try:
                 while draws.count < self._num_samples:
                     diverging = torch.zeros_like(chains.potential, dtype=torch.bool)
                     for _ in range(self.thin):
+                        steps = self._schedule.num_steps(
+                            self.trajectory_length, self.step_size, index
+                        )
+                        index += 1
                         chains, info = hmc_step(
                             kernel,
                             chains,
@@ -602,6 +620,7 @@ class HMC:
                 "leapfrogs": info.num_steps,
             }
             if draws is not None:
+                draws.flush()
                 recent = draws.thinned(_PROGRESS_DRAWS)
                 shown["r_hat"] = f"{running_r_hat(recent, self.num_superchains):.3f}"
                 shown["divergences"] = int(draws.stats["diverging"][: draws.count].sum())

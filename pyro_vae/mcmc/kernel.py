@@ -19,10 +19,12 @@ __all__ = [
     "Leapfrog",
     "Metric",
     "begin",
+    "by_chain",
     "end",
     "hmc_step",
     "kinetic_energy",
     "make_leapfrog",
+    "normal_like",
     "potential_and_gradient",
 ]
 
@@ -143,6 +145,19 @@ def potential_and_gradient(
         return potential, gradient
 
     return both
+
+
+def by_chain(matrix: Tensor) -> Tensor:
+    """Return a matrix [n, dim] laid out in memory by columns: chain beside chain."""
+    return matrix.mT.contiguous().mT
+
+
+def normal_like(matrix: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return standard normal noise in the layout of a matrix."""
+    noise = torch.empty_like(matrix)
+    # Filled in the order of the memory, which takes an eighth of the time.
+    (noise if noise.is_contiguous() else noise.mT).normal_(generator=generator)
+    return noise
 
 
 def _velocity(momentum: Tensor, inverse_mass: Tensor) -> Tensor:
@@ -289,7 +304,7 @@ def hmc_step(
         | MCMC using Hamiltonian dynamics (Neal, 2011), section 3.2
         | https://arxiv.org/abs/1206.1901
     """
-    noise = torch.empty_like(state.position).normal_(generator=generator)
+    noise = normal_like(state.position, generator)
     uniform = torch.empty_like(state.potential).uniform_(generator=generator)
     momentum, before = kernel.begin(state.potential, noise, *metric)
     proposal, momentum = kernel.integrate(state, momentum, step_size, metric, num_steps)

@@ -16,7 +16,7 @@ from .adaptation import (
     jittered,
     num_leapfrog_steps,
 )
-from .kernel import HMCInfo, HMCKernel, HMCState, Metric, hmc_step, kinetic_energy
+from .kernel import HMCInfo, HMCKernel, HMCState, Metric, hmc_step, kinetic_energy, normal_like
 
 __all__ = ["Schedule", "WarmupState", "find_step_size", "start", "warm_up"]
 
@@ -38,9 +38,9 @@ class Schedule(NamedTuple):
     jitter: float
     max_leapfrog_steps: int
 
-    def num_steps(self, length: float, step_size: float) -> int:
+    def num_steps(self, length: float, step_size: float, index: int) -> int:
         """Return the number of leapfrog steps in an iteration."""
-        return num_leapfrog_steps(length, step_size, self.jitter, self.max_leapfrog_steps)
+        return num_leapfrog_steps(length, step_size, self.jitter, self.max_leapfrog_steps, index)
 
 
 class WarmupState(NamedTuple):
@@ -119,7 +119,7 @@ def find_step_size(
     step_size, direction = 1.0, 0
     like = chains.position
     while 1e-10 < step_size < 1e10:
-        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        noise = normal_like(like, generator)
         momentum, before = kernel.begin(chains.potential, noise, *metric)
         sizes = like.new_full((len(like), 1), step_size)
         end, momentum = kernel.integrate(chains, momentum, sizes, metric, 1)
@@ -171,7 +171,7 @@ def warm_up(
     """Make one iteration of the warm-up; return the next state, and what happened."""
     adaptation = state.adaptation
     step_size = adaptation.step_size.step_size
-    steps = schedule.num_steps(adaptation.length.length, step_size)
+    steps = schedule.num_steps(adaptation.length.length, step_size, adaptation.step)
     sizes = jittered(step_size * adaptation.factor, schedule.jitter, generator)
     before = state.chains
     after, info = hmc_step(kernel, before, sizes, adaptation.metric, steps, generator)

@@ -124,18 +124,33 @@ def test_harmonic_mean_masks_divergent_chains():
     assert harmonic_mean_acceptance(accept, ~none) == 0.0
 
 
-def test_jittered_lengths_are_uniform_around_their_mean():
-    largest = torch.full((10_000, 1), 0.1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    lengths = num_leapfrog_steps(2.0, 0.1, 0.5, 1000) * jittered(largest, 0.5, generator)
-    # Uniform on (1, 3): mean 2 with a standard error of 0.0058, variance 1/3.
-    assert 1.0 <= float(lengths.min()) < 1.01
-    assert 2.99 < float(lengths.max()) <= 3.0
-    assert float(lengths.mean()) == pytest.approx(2.0, abs=4 * 0.0058)
-    assert float(lengths.var()) == pytest.approx(1 / 3, rel=0.05)
-    assert jittered(largest, 0.0) is largest
-    assert num_leapfrog_steps(1.0, 1e-300, 0.5, 64) == 64
-    assert num_leapfrog_steps(1.0, 100.0, 0.5, 64) == 1
+def test_lengths_are_uniform_around_their_mean():
+    # Small steps: rounding up adds half of one on average.
+    steps = [num_leapfrog_steps(2.0, 1e-4, 0.5, 10**9, index) for index in range(1023)]
+    lengths = torch.tensor(steps, dtype=torch.float64) * 0.9e-4
+    # Uniform on (1, 3), and evenly: all multiples of 1/1024.
+    expected = 1.0 + 2.0 * torch.arange(1, 1024, dtype=torch.float64) / 1024
+    torch.testing.assert_close(lengths.sort().values, expected, rtol=0, atol=0.9e-4)
+    assert num_leapfrog_steps(1.0, 1e-300, 0.5, 64, 0) == 64
+    assert num_leapfrog_steps(1.0, 100.0, 0.5, 64, 0) == 1
+    assert [num_leapfrog_steps(1.0, 0.1, 0.0, 64, index) for index in (0, 1, 2)] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("jitter", "wide", "least"),
+    [(0.5, False, 0.08), (0.1, False, 0.09), (0.5, True, 0.1 * 2**-2.75)],
+)
+def test_step_sizes_are_spread_between_their_bounds(jitter, wide, least):
+    step_size = torch.full((10_000, 1), 0.1, dtype=torch.float64)
+    found = jittered(step_size, jitter, torch.Generator().manual_seed(0), wide)
+    most = 0.1 * 2**0.25 if wide else 0.1
+    assert least <= float(found.min()) < least * 1.01
+    assert most * 0.99 < float(found.max()) <= most
+    even = found.log() if wide else found
+    low, high = (math.log(least), math.log(most)) if wide else (least, most)
+    # A uniform distribution's mean, of 10,000 draws, has a standard error of 0.0029 widths.
+    assert float(even.mean()) == pytest.approx((low + high) / 2, abs=4 * 0.0029 * (high - low))
+    assert jittered(step_size, 0.0) is step_size
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 10, 20, 50, 200, 500, 5000])
