@@ -80,7 +80,8 @@ class Ours(Sampler):
     """`pyro_vae.mcmc.HMC` with its defaults (256 chains, float32), compiled even for few draws."""
 
     label = "pyro_vae HMC"
-    modules = ("pyro_vae.mcmc",)
+    # The compiler too, which torch imports when it is first used, and JAX always.
+    modules = ("pyro_vae.mcmc", "torch._inductor.compile_fx")
 
     def __init__(self, posterior: str, num_chains: int = 256, device: str = "cpu") -> None:
         self.model, data, _ = POSTERIORS[posterior]
