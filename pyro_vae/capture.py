@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -412,7 +412,14 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
     compiled: Callable[..., Sequence[Tensor]]
     # No code of ours runs here: the warnings are those of torch about itself. Its first compilation
     # switches validation off for good, in all of torch.distributions.
-    with torch.no_grad(), _no_validation(), _quiet_compiler():
+    # What is random must not depend on whether a program was compiled before.
+    cards = {x.device for x in inputs if x.device.type == "cuda"}
+    with (
+        torch.random.fork_rng(devices=cards),
+        torch.no_grad(),
+        _no_validation(),
+        _quiet_compiler(),
+    ):
         one_file = _has_many_loops(graph) and all(x.device.type == "cpu" for x in inputs)
         for together in [True, False] if one_file else [False]:
             # Inductor may change what it is given, and must not take the graph's notes about its
@@ -448,13 +455,14 @@ def _inductor(
     own = [x.clone() for x in inputs]
     graph(*own)
     changes = any(x._version > 0 for x in own)
-    compiled: Callable[..., Sequence[Tensor]] = compile_fx(
-        graph, list(inputs), inner_compile=remember, config_patches=options
+    wrapped = cast(
+        Callable[..., Sequence[Tensor]],
+        compile_fx(graph, list(inputs), inner_compile=remember, config_patches=options),
     )
-    expected = compiled(*inputs)
+    expected = wrapped(*inputs)
     program = getattr(programs[0], "current_callable", None) if len(programs) == 1 else None
     if changes or program is None:
-        return compiled
+        return wrapped
 
     def direct(*inputs: Tensor) -> Sequence[Tensor]:
         result: Sequence[Tensor] = program(list(inputs))  # which empties the list
@@ -467,7 +475,7 @@ def _inductor(
     found = direct(*inputs)
     if len(found) == len(expected) and all(map(same, found, expected)):
         return direct
-    return compiled
+    return wrapped
 
 
 # Operations that inductor does not fuse with their neighbours into one loop. (A single index_put is

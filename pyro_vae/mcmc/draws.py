@@ -183,8 +183,8 @@ class Draws:
             positions = torch.stack(position)
             for name, values in self._sites(positions.flatten(0, 1)).items():
                 self.values[name][rows] = values.unflatten(0, positions.shape[:2])
-        for name, values in zip(self.FIELDS[1:-1], stats, strict=True):
-            torch.stack(values, out=self.stats[name][rows])
+        for name, column in zip(self.FIELDS[1:-1], stats, strict=True):
+            torch.stack(column, out=self.stats[name][rows])
         self.stats["num_steps"][rows, 0] = torch.tensor(num_steps)
         self._pending = []
 

@@ -384,10 +384,10 @@ class HMC:
         """Return the compiled programs, and where the chains begin or go on."""
         density = self.model_density
         position = self._start() if self.warmup_state is None else self._resume_at()
-        if self.compile and density.device.type == "cpu" and density.dim <= _BY_CHAIN_UP_TO:
-            layout = by_chain
-        else:
-            layout = torch.Tensor.contiguous
+        few = density.dim <= _BY_CHAIN_UP_TO and density.device.type == "cpu"
+        layout: Callable[[Tensor], Tensor] = (
+            by_chain if few and self.compile else torch.Tensor.contiguous
+        )
         position = layout(position)
         potential = potential_and_gradient(density.log_density)
         self._check_memory(potential, position)

@@ -22,8 +22,8 @@ the rounds, and ratios within a round.
 *Seconds for 100,000 effective draws* (`--cold`): compilation + warm-up + 100,000 / the rate above.
 Compilation and warm-up are measured in a fresh process with empty caches (torch's, pytensor's and
 numba's; JAX keeps none unless told to), and once more in a second process that finds the caches of
-the first. Importing the packages, compilers and all, is counted for none. `--rates FILE.csv` takes the rates of an
-earlier run's `--out`.
+the first. Importing the packages, compilers and all, is counted for none. `--rates FILE.csv` takes
+the rates of an earlier run's `--out`.
 
 `--check` compares the peers' models with ours, by log density (NumPyro, PyMC) and thereby by
 posterior. `--growth` plots our time a draw against chains and dimension. `--cuda` runs ours and

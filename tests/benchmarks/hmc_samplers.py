@@ -291,6 +291,8 @@ class Nutpie(Sampler):
         _, short = self._run(seed, few)
         draws, total = self._run(seed, num_draws)
         sampling = (total - short) * num_draws / (num_draws - few)
+        if sampling <= 0:  # too few draws to tell from the warm-up, which is counted too then
+            sampling = total
         return Run(draws, max(total - sampling, 0.0), sampling)
 
 
