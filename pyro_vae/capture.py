@@ -410,10 +410,10 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
     there, ``torch.compile`` has the last word.
     """
     compiled: Callable[..., Sequence[Tensor]]
-    # No code of ours runs here: the warnings are those of torch about itself. Its first compilation
-    # switches validation off for good, in all of torch.distributions.
     # What is random must not depend on whether a program was compiled before.
     cards = {x.device for x in inputs if x.device.type == "cuda"}
+    # No code of ours runs here: the warnings are those of torch about itself. Its first compilation
+    # switches validation off for good, in all of torch.distributions.
     with (
         torch.random.fork_rng(devices=cards),
         torch.no_grad(),
@@ -517,7 +517,7 @@ def _options(one_file: bool) -> dict[str, Any]:
         "cpp_wrapper": one_file,
         # To precompile the headers takes longer than a program.
         "cpp_cache_precompile_headers": False,
-        "size_asserts": False,  # `Captured` compares them
+        "size_asserts": False,  # `Captured` compares them where it is called, not run
     }
     if config.cpp.vec_isa_ok is None:
         # Trust the compiler with the instruction sets that the processor has, where inductor would

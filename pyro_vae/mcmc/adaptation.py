@@ -18,7 +18,7 @@ __all__ = [
     "TrajectoryLength",
     "adapt",
     "back_off",
-    "halton",
+    "golden_ratio_sequence",
     "harmonic_mean_acceptance",
     "jittered",
     "num_leapfrog_steps",
@@ -41,6 +41,8 @@ _MIN_LENGTH = 0.3
 # a trajectory has forgotten where it began.
 QUARTER_PERIOD = math.pi / 2
 
+_GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
+
 # Width of the interval of step sizes, as a fraction of the largest.
 _STEP_JITTER = 0.2
 
@@ -55,22 +57,21 @@ _STUCK = 0.1
 _MIN_FACTOR = 2.0**-30
 
 
-def halton(index: int) -> float:
-    """Return a number of the Halton sequence in base 2, which fills (0, 1) evenly.
+def golden_ratio_sequence(index: int) -> float:
+    """Return a number of the sequence that fills (0, 1) evenly by steps of the golden ratio.
+
+    Every n-th of its numbers fill it as evenly: what looks at every n-th iteration, such as
+    thinning, sees all of them. Those of a Halton sequence in base 2 that a power of two picks are
+    all small.
 
     Args:
-        index: Which, from 1.
+        index: Which, from 0.
 
     Example:
-        >>> [halton(index) for index in range(1, 6)]
-        [0.5, 0.25, 0.75, 0.125, 0.625]
+        >>> [round(golden_ratio_sequence(index), 3) for index in range(5)]
+        [0.5, 0.118, 0.736, 0.354, 0.972]
     """
-    value, digit = 0.0, 0.5
-    while index:
-        index, bit = divmod(index, 2)
-        value += digit * bit
-        digit /= 2
-    return value
+    return (0.5 + index * _GOLDEN_RATIO) % 1.0
 
 
 def num_leapfrog_steps(
@@ -78,12 +79,13 @@ def num_leapfrog_steps(
 ) -> int:
     r"""Return the number of leapfrog steps that make a trajectory of a length in L (1 ± jitter).
 
-    Lengths follow a Halton sequence, so that they have no period in common with any component of
-    the target, and few iterations see all of them.
+    Lengths fill the interval evenly, so that they have no period in common with any component of
+    the target, and few iterations see all of them. They are rounded up to whole steps of the mean
+    size, 0.9 ε: half a step more on average.
 
     Args:
-        trajectory_length: Mean length L.
-        step_size: Largest step size ε.
+        trajectory_length: Mean length L; no longer than ``max_steps`` leave room for.
+        step_size: Step size ε.
         jitter: Half the width of the interval of lengths, as a fraction of L; 0 to 1.
         max_steps: Largest number of steps; the smallest is 1.
         index: Number of the iteration, from 0.
@@ -95,12 +97,12 @@ def num_leapfrog_steps(
 
     Example:
         >>> [num_leapfrog_steps(1.5, 0.25, jitter=0.5, max_steps=100, index=i) for i in range(5)]
-        [7, 5, 9, 5, 8]
+        [7, 5, 9, 6, 10]
     """
-    length = trajectory_length * (1.0 + jitter * (2.0 * halton(index + 1) - 1.0))
     mean_step = step_size * (1.0 - min(jitter, _STEP_JITTER) / 2.0)
-    # Rounded up: too short a trajectory costs more than too long a one.
-    return max(1, math.ceil(min(length / mean_step, float(max_steps))))
+    steps = min(trajectory_length / mean_step, max_steps / (1.0 + jitter))
+    steps *= 1.0 + jitter * (2.0 * golden_ratio_sequence(index) - 1.0)
+    return min(max(1, math.ceil(steps)), max_steps)
 
 
 def jittered(
@@ -109,7 +111,7 @@ def jittered(
     generator: torch.Generator | None = None,
     wide: bool = False,
 ) -> Tensor:
-    r"""Return step sizes uniform between 0.8 ε and ε, one a chain, so that no two go in step.
+    r"""Return step sizes one a chain, uniform between 0.8 ε and ε, so that no two go in step.
 
     Where a density has places too narrow for the common step size, such as the neck of a funnel, a
     chain that got there by luck would stick. ``wide`` draws step sizes log-uniformly from 0.15 ε to
@@ -117,7 +119,8 @@ def jittered(
 
     Args:
         step_size: Step sizes ε [num_chains, 1].
-        jitter: That of the lengths, from 0 to 1; step sizes vary by no more.
+        jitter: That of the lengths, from 0 to 1. Below 0.2, step sizes vary by no more than it
+            says, unless widely; 0 lets them be.
         generator: Source of randomness; by default torch's global one.
         wide: Whether to let them vary widely.
     """

@@ -66,8 +66,8 @@ class Draws:
     Attributes:
         values: The values of ``sites`` by name, or the positions under the name ``""``.
         stats: ``potential``, ``energy``, ``accept_prob``, ``accepted``, ``diverging``
-            [num_samples, num_chains], ``num_steps`` [num_samples, 1 or num_chains].
-        count: Number of draws so far.
+            [num_samples, num_chains], ``num_steps`` [num_samples, 1 or num_chains]. Both lag behind
+            ``count`` until `flush`.
     """
 
     FIELDS = (
@@ -89,9 +89,7 @@ class Draws:
     ) -> None:
         self._sites = sites
         self._pending: list[tuple[Tensor | int, ...]] = []
-        row = state.position.element_size() * (state.position.shape[1] + 4) * len(state.position)
-        self._block = max(1, min(_BLOCK, _BLOCK_BYTES // row))
-        self.count = 0
+        self._written = 0
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -110,6 +108,8 @@ class Draws:
         self.values = {
             name: empty(name, (chains, *row.shape[1:]), row) for name, row in rows.items()
         }
+        size = self.bytes_per_draw(state, rows) + state.position.nbytes
+        self._block = max(1, min(_BLOCK, _BLOCK_BYTES // size))
         flag = potential.new_empty((), dtype=torch.bool)
         self.stats = {
             "potential": empty("potential", (chains,), potential),
@@ -145,8 +145,13 @@ class Draws:
         for name in cls.FIELDS[1:-1]:
             result.stats[name].copy_(draws[name].t())
         result.stats["num_steps"] = draws["num_steps"].t()  # here each chain has its own
-        result.count = position.shape[1]
+        result._written = position.shape[1]
         return result
+
+    @property
+    def count(self) -> int:
+        """Number of draws so far."""
+        return self._written + len(self._pending)
 
     @staticmethod
     def bytes_per_draw(state: HMCState, values: Mapping[str, Tensor]) -> int:
@@ -167,8 +172,7 @@ class Draws:
                 info.num_steps,
             )
         )
-        self.count += 1
-        if len(self._pending) == self._block:
+        if len(self._pending) >= self._block:
             self.flush()
 
     def flush(self) -> None:
@@ -176,17 +180,17 @@ class Draws:
         if not self._pending:
             return
         position, *stats, num_steps = zip(*self._pending, strict=True)
-        rows = slice(self.count - len(num_steps), self.count)
+        rows = slice(self._written, self.count)
+        positions = torch.stack(position)
         if self._sites is None:
-            torch.stack(position, out=self.values[""][rows])
+            self.values[""][rows] = positions
         else:
-            positions = torch.stack(position)
             for name, values in self._sites(positions.flatten(0, 1)).items():
                 self.values[name][rows] = values.unflatten(0, positions.shape[:2])
         for name, column in zip(self.FIELDS[1:-1], stats, strict=True):
-            torch.stack(column, out=self.stats[name][rows])
+            self.stats[name][rows] = torch.stack(column)
         self.stats["num_steps"][rows, 0] = torch.tensor(num_steps)
-        self._pending = []
+        self._written, self._pending = rows.stop, []
 
     def thinned(self, num: int) -> Tensor:
         """Return about ``num`` of the draws so far, evenly spaced, [num_chains, num, dim]."""

@@ -134,8 +134,9 @@ class HMC:
         trajectory_length: Mean length of a trajectory, where the metric is the identity; by
             default it is tuned.
         jitter: Lengths are spread evenly between ``1 - jitter`` and ``1 + jitter`` times their
-            mean, by the number of steps, and step sizes over a fifth; where chains diverged in the
-            warm-up, step sizes vary more widely.
+            mean, by the number of steps, rounded up, and step sizes over a fifth below the adapted
+            one; where chains diverged in the warm-up, step sizes vary more widely, from 0.15 to 1.2
+            times it, and with them lengths.
         target_accept: Acceptance probability that the step size is tuned to.
         metric: ``"diag"`` or ``"dense"``; by default dense up to 128 dimensions if there are
             enough chains to learn it from.
@@ -153,7 +154,8 @@ class HMC:
         compile: Whether to compile the leapfrog step, which costs some seconds; by default from
             1000 iterations on.
         progress: Whether to show a progress bar on stderr.
-        seed: Seed for this run alone; by default torch's global generator is used.
+        seed: Seed for this run alone; by default torch's global generator is used. A compiled run
+            uses its random numbers in another order than one that is not.
 
     Attributes:
         num_chains: Number of chains.
@@ -165,7 +167,7 @@ class HMC:
             `load_warmup` or an interrupted warm-up. Set it to ``None`` to warm up again, or to
             ``last_state`` for more draws.
         last_state: Where the last run ended: the chains, and all that was learnt.
-        step_size: The adapted step size, the largest of the jittered ones, after `run`.
+        step_size: The adapted step size, after `run`; see ``jitter``.
         trajectory_length: The trajectory length, tuned after `run`.
         inverse_mass: The adapted inverse mass matrix, [dim] or [dim, dim], after `run`.
 
@@ -523,8 +525,9 @@ class HMC:
         draws = self._num_samples * Draws.bytes_per_draw(chains, rows)
         work = 0
         if len(position) * density.size > _SMALL:
-            graph = capture(potential, position[:2], compile=False).graph
-            work = 0 if graph is None else peak_bytes(graph, position[:2]) // 2 * len(position)
+            two = position[:2].contiguous()
+            graph = capture(potential, two, compile=False).graph
+            work = 0 if graph is None else peak_bytes(graph, two) // 2 * len(position)
         if self.draws_dir is not None:
             self.draws_dir.mkdir(parents=True, exist_ok=True)
             left = shutil.disk_usage(self.draws_dir).free
@@ -587,6 +590,7 @@ class HMC:
             try:
                 while draws.count < self._num_samples:
                     diverging = torch.zeros_like(chains.potential, dtype=torch.bool)
+                    leapfrogs = 0
                     for _ in range(self.thin):
                         steps = self._schedule.num_steps(
                             self.trajectory_length, self.step_size, index
@@ -601,7 +605,8 @@ class HMC:
                             generator,
                         )
                         diverging |= info.diverging
-                    draws.append(chains, info._replace(diverging=diverging))
+                        leapfrogs += steps
+                    draws.append(chains, info._replace(diverging=diverging, num_steps=leapfrogs))
                     self._show(bar, info, self.step_size, draws)
             except KeyboardInterrupt:
                 if draws.count == 0:

@@ -128,10 +128,16 @@ def test_lengths_are_uniform_around_their_mean():
     # Small steps: rounding up adds half of one on average.
     steps = [num_leapfrog_steps(2.0, 1e-4, 0.5, 10**9, index) for index in range(1023)]
     lengths = torch.tensor(steps, dtype=torch.float64) * 0.9e-4
-    # Uniform on (1, 3), and evenly: all multiples of 1/1024.
-    expected = 1.0 + 2.0 * torch.arange(1, 1024, dtype=torch.float64) / 1024
-    torch.testing.assert_close(lengths.sort().values, expected, rtol=0, atol=0.9e-4)
-    assert num_leapfrog_steps(1.0, 1e-300, 0.5, 64, 0) == 64
+    # Uniform on (1, 3), and evenly: every n-th of them too, as thinning and displays see them.
+    for every in (1, 2, 3, 4, 8, 20):
+        some = lengths[::every].sort().values
+        expected = 1.0 + 2.0 * (torch.arange(len(some), dtype=torch.float64) + 0.5) / len(some)
+        torch.testing.assert_close(some, expected, rtol=0, atol=2.0 * 6 / len(some))
+    # The jitter outlives the bound on the number of steps.
+    bounded = {num_leapfrog_steps(100.0, 0.1, 0.5, 30, index) for index in range(100)}
+    assert min(bounded) == 11
+    assert max(bounded) == 30
+    assert num_leapfrog_steps(1.0, 1e-300, 0.0, 64, 0) == 64
     assert num_leapfrog_steps(1.0, 100.0, 0.5, 64, 0) == 1
     assert [num_leapfrog_steps(1.0, 0.1, 0.0, 64, index) for index in (0, 1, 2)] == [10, 10, 10]
 

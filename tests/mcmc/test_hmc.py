@@ -10,7 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
+from pyro_vae.capture import capture
 from pyro_vae.mcmc import HMC, effective_sample_size
+from pyro_vae.mcmc.draws import Draws
 from pyro_vae.mcmc.kernel import (
     HMCKernel,
     HMCState,
@@ -514,6 +516,70 @@ def test_interrupt_keeps_the_draws(monkeypatch):
     assert mcmc.to_arviz().sample_stats["n_steps"].shape == (4, 7)
 
 
+@pytest.mark.parametrize("block_bytes", [1 << 24, 3000, 1])
+def test_draws_are_the_same_however_they_are_written(monkeypatch, block_bytes):
+    """64, 17 or 1 at once, and looked at in between."""
+    options = {"num_chains": 4, "num_samples": 150, "warmup_steps": 5}
+    whole = run(with_twice, **options)
+    monkeypatch.setattr("pyro_vae.mcmc.draws._BLOCK_BYTES", block_bytes)
+    mcmc = HMC(with_twice, 4, 150, 5, progress=False, compile=False, seed=0)
+    mcmc.save_params = ["x", "twice"]
+    interrupt_after(monkeypatch, 5 + 101)
+    append = Draws.append
+
+    def look(draws, *args):
+        append(draws, *args)
+        if draws.count % 7 == 0:
+            assert draws.thinned(10).isfinite().all()
+
+    monkeypatch.setattr(Draws, "append", look)
+    with pytest.warns(UserWarning, match="101 of 150 draws"):
+        mcmc.run()
+    found, expected = (x.get_samples(group_by_chain=True) for x in (mcmc, whole))
+    torch.testing.assert_close(found["x"], expected["x"][:, :101])
+    torch.testing.assert_close(found["twice"], 2 * expected["x"][:, :101])
+
+
+@pytest.mark.parametrize("dim", [1, 3, 33])
+@pytest.mark.parametrize("metric", ["diag", "dense"])
+@pytest.mark.parametrize("num_chains", [1, 8])
+def test_programs_are_called_with_the_layout_they_were_made_for(
+    monkeypatch, tmp_path, dim, metric, num_chains
+):
+    """Compiled code does not look at strides: other ones would be wrong numbers."""
+
+    def strides(x):
+        return [step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+    def checked(function, *examples, **kwargs):
+        captured = capture(function, *examples, **{**kwargs, "compile": False})
+        run, expected = captured.run, [strides(x) for x in examples]
+
+        def check(*inputs):
+            assert [strides(x) for x in inputs] == expected
+            return run(*inputs)
+
+        captured.run = check
+        return captured
+
+    def model():
+        zero = torch.zeros(dim, dtype=torch.float64)
+        pyro.sample("x", dist.Normal(zero, 1.0).to_event(1))
+
+    monkeypatch.setattr("pyro_vae.mcmc.hmc.capture", checked)
+    options = {"compile": True, "progress": False, "metric": metric, "seed": 0}
+    mcmc = HMC(model, num_chains, 10, 25, **options)
+    mcmc.run()
+    mcmc.save_warmup(tmp_path / "state.pt")
+    mcmc.warmup_state = mcmc.last_state
+    mcmc.run()
+    other = HMC(model, num_chains, 10, 25, **options)
+    other.load_warmup(tmp_path / "state.pt")
+    other.run()
+    assert other.unconstrained.dtype is torch.float64
+    assert bool(other.unconstrained.isfinite().all())
+
+
 @pytest.mark.parametrize("calls", [0, 33])
 def test_interrupted_warm_up_goes_on_as_if_nothing_had_happened(monkeypatch, calls, tmp_path):
     options = {"num_chains": 8, "num_samples": 5, "warmup_steps": 40}
@@ -581,6 +647,8 @@ def test_thin_keeps_every_so_many(tmp_path):
     third = run(eight_schools, num_samples=4, thin=3, **options)
     assert torch.equal(third.unconstrained, every.unconstrained[:, 2::3])
     assert third.to_arviz().sample_stats["lp"].shape == (4, 4)
+    steps, all_steps = (x.to_arviz().sample_stats["n_steps"].values[0] for x in (third, every))
+    assert steps.tolist() == all_steps.reshape(4, 3).sum(-1).tolist()
 
 
 def with_twice():
