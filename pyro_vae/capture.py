@@ -442,7 +442,7 @@ def _inductor(
     """Compile a graph by inductor; return its program without wrappers where it needs none.
 
     What inductor returns prepares for inputs that change in place and for outputs that are views of
-    them, which takes a fifth of the time of a small program.
+    them, which costs small programs a good part of their time.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 

@@ -630,7 +630,6 @@ class HMC:
                 "leapfrogs": info.num_steps,
             }
             if draws is not None:
-                draws.flush()
                 recent = draws.thinned(_PROGRESS_DRAWS)
                 shown["r_hat"] = f"{running_r_hat(recent, self.num_superchains):.3f}"
                 shown["divergences"] = int(draws.stats["diverging"][: draws.count].sum())

@@ -155,7 +155,7 @@ def by_chain(matrix: Tensor) -> Tensor:
 def normal_like(matrix: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return standard normal noise in the layout of a matrix."""
     noise = torch.empty_like(matrix)
-    # Filled in the order of the memory, which takes an eighth of the time.
+    # Filled in the order of the memory, which is far faster.
     (noise if noise.is_contiguous() else noise.mT).normal_(generator=generator)
     return noise
 
