@@ -2,6 +2,16 @@
 
 from ._version import __version__
 from .compare import Comparison, compare
-from .svi import NonFiniteError, adversarial_recipe, fit
+from .fit import NonFiniteError, adversarial_recipe, fit
+from .svi import SVI, compile
 
-__all__ = ["Comparison", "NonFiniteError", "__version__", "adversarial_recipe", "compare", "fit"]
+__all__ = [
+    "SVI",
+    "Comparison",
+    "NonFiniteError",
+    "__version__",
+    "adversarial_recipe",
+    "compare",
+    "compile",
+    "fit",
+]

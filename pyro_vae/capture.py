@@ -138,14 +138,17 @@ def _lift(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     """
     lifted = copy.deepcopy(graph.graph)
     constants: list[Tensor] = []
+    placeholders: dict[int, fx.Node] = {}  # by the tensor's id: one that is met twice is one input
     for node in list(lifted.nodes):
         value = getattr(graph, node.target, None) if node.op == "get_attr" else None
         if isinstance(value, Tensor):
-            with lifted.inserting_before(next(iter(lifted.nodes))):
-                name = f"constant_{len(constants)}"
-                node.replace_all_uses_with(lifted.placeholder(name))
+            if id(value) not in placeholders:
+                with lifted.inserting_before(next(iter(lifted.nodes))):
+                    name = f"constant_{len(constants)}"
+                    placeholders[id(value)] = lifted.placeholder(name)
+                constants.append(value)
+            node.replace_all_uses_with(placeholders[id(value)])
             lifted.erase_node(node)
-            constants.append(value)
     constants.reverse()  # each went before the ones that were there
     return fx.GraphModule(graph, lifted), constants
 
@@ -402,8 +405,10 @@ def _quiet_compiler() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph from tensors to a list of tensors, and run it once.
+def _compile(
+    graph: fx.GraphModule, inputs: list[Tensor], one_file: bool | None = None
+) -> Callable[..., Sequence[Tensor]]:
+    """Compile a graph from tensors to a list of tensors, and run it once, on copies.
 
     Inductor itself is asked first: the way through ``torch.compile`` adds the guards of dynamo to
     every call, of which a graph has no need and :class:`Captured` makes its own. Whatever fails
@@ -420,7 +425,9 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
         _no_validation(),
         _quiet_compiler(),
     ):
-        one_file = _has_many_loops(graph) and all(x.device.type == "cpu" for x in inputs)
+        if one_file is None:
+            one_file = _has_many_loops(graph)
+        one_file = one_file and all(x.device.type == "cpu" for x in inputs)
         for together in [True, False] if one_file else [False]:
             # Inductor may change what it is given, and must not take the graph's notes about its
             # own run for the inputs of this one. The tensors that it holds are shared.
@@ -432,8 +439,16 @@ def _compile(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Seque
             except Exception:
                 _forget_instruction_sets()
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
-        compiled(*inputs)
+        compiled(*map(_copy, inputs))
         return compiled
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Copy a tensor, strides and all, those of what is expanded too."""
+    x = x.detach()
+    once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    like = torch.empty_strided(once.shape, once.stride(), dtype=x.dtype, device=x.device)
+    return like.copy_(once).expand(x.shape)
 
 
 def _inductor(
@@ -441,8 +456,9 @@ def _inductor(
 ) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph by inductor; return its program without wrappers where it needs none.
 
-    What inductor returns prepares for inputs that change in place and for outputs that are views of
-    them, which costs small programs a good part of their time.
+    What inductor returns prepares for outputs that are views of inputs and the like, which costs
+    small programs a good part of their time. The program alone is taken where it does the same on
+    copies of the inputs, with the same random numbers.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -452,16 +468,15 @@ def _inductor(
         programs.append(compile_fx_inner(*args, **kwargs))
         return programs[-1]
 
-    own = [x.clone() for x in inputs]
-    graph(*own)
-    changes = any(x._version > 0 for x in own)
+    before, after = [[_copy(x) for x in inputs] for _ in range(2)]
     wrapped = cast(
         Callable[..., Sequence[Tensor]],
-        compile_fx(graph, list(inputs), inner_compile=remember, config_patches=options),
+        compile_fx(graph, list(before), inner_compile=remember, config_patches=options),
     )
-    expected = wrapped(*inputs)
+    with torch.random.fork_rng(devices={x.device for x in inputs if x.device.type == "cuda"}):
+        expected = wrapped(*before)
     program = getattr(programs[0], "current_callable", None) if len(programs) == 1 else None
-    if changes or program is None:
+    if program is None:
         return wrapped
 
     def direct(*inputs: Tensor) -> Sequence[Tensor]:
@@ -472,10 +487,12 @@ def _inductor(
         described = isinstance(x, Tensor) and Captured._describe(x) == Captured._describe(y)
         return described and bool(torch.equal(x.nan_to_num(), y.nan_to_num()))
 
-    found = direct(*inputs)
-    if len(found) == len(expected) and all(map(same, found, expected)):
-        return direct
-    return wrapped
+    try:
+        found = direct(*after)
+    except Exception:  # such as another number of inputs
+        return wrapped
+    agrees = len(found) == len(expected) and all(map(same, found, expected))
+    return direct if agrees and all(map(same, after, before)) else wrapped
 
 
 # Operations that inductor does not fuse with their neighbours into one loop. (A single index_put is
@@ -515,6 +532,8 @@ def _options(one_file: bool) -> dict[str, Any]:
 
     options: dict[str, Any] = {
         "cpp_wrapper": one_file,
+        # What is random comes from torch's generators, in the order of the graph.
+        "fallback_random": True,
         # To precompile the headers takes longer than a program.
         "cpp_cache_precompile_headers": False,
         "size_asserts": False,  # `Captured` compares them where it is called, not run

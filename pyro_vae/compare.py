@@ -38,7 +38,7 @@ from .mcmc import HMC
 from .mcmc.checks import ConvergenceError, Verdict, check_mcmc
 from .mcmc.diagnostics import to_inference_data
 from .plots import plot_convergence, plot_marginals
-from .svi import adversarial_recipe, fit, has_learned_density
+from .fit import adversarial_recipe, fit, has_learned_density
 from .threads import one_thread_if_small
 
 __all__ = ["GUIDES", "Comparison", "compare"]

@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .terms import NonFiniteError, Terms, TracePair, _base, _log_prob, _observed, describe
+from .tracing import settled
 
 __all__ = [
     "AtMean",
@@ -195,7 +196,10 @@ def hessian(log_likelihood: Tensor, values: Sequence[Tensor], points: Points) ->
 
 
 def jacobian(
-    outputs: Sequence[Tensor], values: Sequence[Tensor], points: Points, columns: Sequence[int]
+    outputs: Sequence[Tensor],
+    values: Sequence[Tensor],
+    points: Points,
+    columns: Sequence[int] | Tensor,
 ) -> list[Tensor]:
     r"""Return columns of the Jacobian of each output, of N independent data points.
 
@@ -206,7 +210,7 @@ def jacobian(
         outputs: Tensors of any shape, such as the parameters of an observed distribution.
         values: The latents that they were computed from.
         points: Brings tensors of the shapes of ``values`` to [N, d].
-        columns: Which of the d latents, k of them.
+        columns: Which of the d latents, k of them: numbers, or a tensor of them [k].
 
     Returns:
         For each output a tensor [k, *output]: the derivative by a data point's own latent.
@@ -219,7 +223,8 @@ def jacobian(
     """
     u = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     uJ = points(_grad(outputs, values, u))  # [N, d]
-    by_column = [_grad(uJ[:, i], u) for i in columns]
+    columns = torch.as_tensor(columns, device=uJ.device)
+    by_column = [_grad(column, u) for column in uJ.index_select(1, columns).unbind(1)]
     return [torch.stack(column) for column in zip(*by_column, strict=True)]
 
 
@@ -277,7 +282,7 @@ class AtMean(Messenger):
                 f"mean in closed form, such as Normal, found {type(_base(msg['fn'])).__name__}. A "
                 "guide that is known by its samples, implicit or a flow, needs a loss that samples"
             )
-        if not mean.isfinite().all():
+        if not settled(lambda: mean.isfinite().all()):
             raise NonFiniteError(
                 f"guide site {msg['name']!r}: expected a finite mean, found "
                 f"{int((~mean.isfinite()).sum())} of {mean.numel()} numbers of the mean of "
@@ -353,7 +358,7 @@ class Expansion:
         """H [N, d, d], exact."""
         return hessian(self.terms.log_likelihood[0], self.values, self.points)
 
-    def gauss_newton(self, columns: Sequence[int] | None = None) -> Tensor:
+    def gauss_newton(self, columns: Sequence[int] | Tensor | None = None) -> Tensor:
         r"""Return :math:`J^T W J` [N, k, k] for k columns of J, or for all d of them.
 
         J is the Jacobian of the observed distributions' parameters; see :func:`output_curvature`
@@ -460,7 +465,9 @@ class Expansion:
     def _same_scale(self, guide_sites: list[dict]) -> float | Tensor:
         factors = [self.terms._factor(site) for site in (*self._latents, *guide_sites)]
         first = torch.as_tensor(factors[0])
-        if first.dim() or not all(first.equal(torch.as_tensor(other)) for other in factors):
+        if first.dim() or not settled(
+            lambda: all(first.equal(torch.as_tensor(other)) for other in factors)
+        ):
             raise ValueError(
                 f"{self.who}: expected one scale, a number, for the latent sites "
                 f"{list(self.terms.latents)} in model and guide, found {factors}"
@@ -494,7 +501,7 @@ class Expansion:
             return mask is None
         points = torch.as_tensor(mask, device=present.device).expand(_batch_shape(site))
         points = self.terms._to_points(points, site, 0)[0].reshape(len(present), -1)
-        return bool((points == present.unsqueeze(-1)).all())
+        return settled(lambda: (points == present.unsqueeze(-1)).all())
 
 
 def _mean(fn: Any) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from itertools import zip_longest
 from math import prod
 from operator import and_
@@ -28,6 +28,8 @@ from torch.distributions import (
     biject_to,
     kl_divergence,
 )
+
+from .tracing import settled
 
 __all__ = ["NonFiniteError", "Terms", "TracePair", "get_trace_pair", "is_standard_normal"]
 
@@ -301,8 +303,8 @@ class Terms:
                 mask = torch.ones((), dtype=torch.bool, device=observed["value"].device)
             points = self._to_points(mask, observed, 0)
             points = points.reshape(*points.shape[:2], -1)
-            parts = points.shape[-1] > 1 and not (points == points[..., :1]).all()
-            if parts or _is_masked(getattr(observed["fn"], "base_dist", None)):
+            whole = points.shape[-1] == 1 or settled((points == points[..., :1]).all)
+            if not whole or _is_masked(getattr(observed["fn"], "base_dist", None)):
                 raise ValueError(
                     f"observed site {site!r}: expected a mask of whole data points, found one "
                     "that hides parts of them"
@@ -381,7 +383,8 @@ class Terms:
         particles that are run one by one and draw different subsamples of the data.
         """
         names = [site["name"] for _, site in self._outside(self.pairs[0])]
-        if names and not torch.allclose(self.shared, self.shared[:1], equal_nan=True):
+        shared = self.shared
+        if names and not settled(lambda: torch.allclose(shared, shared[:1], equal_nan=True)):
             raise ValueError(
                 f"{who}: the observed sites {names} lie outside the plates that hold all latent "
                 "sites and depend on them; expected observations of single data points there"
@@ -400,7 +403,8 @@ class Terms:
         others = self.pairs[1:] if self._plate_scale != 1 else []
         for site in filter(self._is_data, _samples(self.pairs[0].model)):
             for pair in others:
-                if not torch.equal(pair.model.nodes[site["name"]]["value"], site["value"]):
+                value = pair.model.nodes[site["name"]]["value"]
+                if not settled(partial(torch.equal, value, site["value"])):
                     raise ValueError(
                         f"{who}: each particle draws its own subsample of the plates "
                         f"{sorted(data)}, so that site {site['name']!r} has other data in each; "
@@ -577,10 +581,10 @@ def is_standard_normal(fn: Any) -> bool:
     """
     fn = _base(fn)
     if isinstance(fn, Normal):
-        return bool((fn.loc == 0).all() and (fn.scale == 1).all())
+        return settled(lambda: (fn.loc == 0).all() and (fn.scale == 1).all())
     if isinstance(fn, MultivariateNormal):
         eye = torch.eye(fn.event_shape[0], dtype=fn.loc.dtype, device=fn.loc.device)
-        return bool((fn.loc == 0).all() and (fn.scale_tril == eye).all())
+        return settled(lambda: (fn.loc == 0).all() and (fn.scale_tril == eye).all())
     return False
 
 
@@ -708,7 +712,7 @@ def _is_one(value: float | Tensor) -> bool:
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or torch.equal(a, b)
+        return a is b or settled(lambda: torch.equal(a, b))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and abs(a - b) <= 1e-12 * abs(a)
 
 

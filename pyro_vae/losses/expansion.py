@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..curvature import AtMean, Expansion, join_coupled_points
 from ..terms import NonFiniteError, Terms, TracePair
+from ..tracing import settled
 from .base import TermsELBO
 
 __all__ = ["ExpansionELBO", "cholesky", "log_det"]
@@ -52,11 +53,12 @@ class ExpansionELBO(TermsELBO):
 def cholesky(at: Expansion, H: Tensor, beta: float | Tensor) -> Tensor:
     """Return the Cholesky factor of I − H/β [N, d, d]."""
     matrix = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device) - H / beta
-    if not matrix.isfinite().all():
+    if not settled(lambda: matrix.isfinite().all()):
         culprits = ", ".join(at.terms.nonfinite()) or "the derivatives alone"
         raise NonFiniteError(f"{at.who}: the curvature is not finite; found not finite: {culprits}")
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if bad := info.nonzero().flatten().tolist():
+    if settled(lambda: (info > 0).any()):
+        bad = info.nonzero().flatten().tolist()
         raise ValueError(
             f"{at.who}: I − H/β must be positive definite, found that it is not at "
             f"{len(bad)} of {len(info)} data points, first at {bad[0]}: log p(x|z) is convex there "
@@ -64,7 +66,8 @@ def cholesky(at: Expansion, H: Tensor, beta: float | Tensor) -> Tensor:
             f"{list(at.terms.latents)}, and no covariance is best. A larger beta or "
             'curvature="gauss-newton" has none of this'
         )
-    return factor
+    # A graph runs without the check: what has no factor must not pass for one that has.
+    return torch.where((info > 0).reshape(-1, 1, 1), torch.nan, factor)
 
 
 def log_det(factor: Tensor) -> Tensor:

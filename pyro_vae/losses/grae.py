@@ -126,7 +126,7 @@ class GRAE_ELBO(ExpansionELBO):  # noqa: N801 - Pyro's way to name losses
         d = at.h.shape[-1]
         k = self._count(d)
         # A penalty on pairs takes a pair: of these, the other terms have the first k.
-        columns = range(d) if k == d else torch.randperm(d)[: max(k, 2)].tolist()
+        columns = torch.arange(d) if k == d else torch.randperm(d)[: max(k, 2)]
         if not self.orthogonality:
             columns = columns[:k]
         gram = at.gauss_newton(columns)  # JᵀWJ [N, k, k]

@@ -25,7 +25,7 @@ from pyro_vae.losses import (
     TermsELBO,
 )
 from pyro_vae.nn import MLP, TwoTowerDiscriminator
-from pyro_vae.svi import constant, cosine
+from pyro_vae.fit import constant, cosine
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("param_store")]
 

@@ -16,7 +16,7 @@ from pyro_vae.guides import AutoFlow, AutoImplicit
 from pyro_vae.losses import AVB_ELBO
 from pyro_vae.models import gauss
 from pyro_vae.ratios import AdaptiveContrast, DensityRatio, ImplicitDistribution
-from pyro_vae.svi import NonFiniteError, constant, cosine, fit, has_learned_density, linear
+from pyro_vae.fit import NonFiniteError, constant, cosine, fit, has_learned_density, linear
 
 pytestmark = pytest.mark.usefixtures("param_store")
 

@@ -1,0 +1,755 @@
+"""One player: a loss, the parameters that it shows, their optimiser, and its compiled steps.
+
+:class:`pyro_vae.SVI` and :func:`pyro_vae.fit` are faces of this. A step is one program where model,
+guide and loss can be captured: loss, gradients, clipping, the optimiser's update, the loss's own
+state. Otherwise it is Pyro's.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+from pyro.infer.util import torch_item
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from .arguments import Arguments
+from .capture import _copy
+from .optimizers import Entry, Optimizers, slots
+from .programs import (
+    CannotCapture,
+    LossGraph,
+    Snapshot,
+    Surroundings,
+    changed_inputs,
+    compile_graph,
+    describe,
+    difference,
+    differentiable,
+    run_on_copies,
+    trace,
+)
+from .terms import NonFiniteError
+from .updates import rule_of
+
+__all__ = ["MAX_CAPTURES", "Player", "ScaleObserved", "describe_nonfinite", "unconstrained"]
+
+#: Kinds of arguments (shapes, types, numbers) for which one player compiles a program of its own.
+MAX_CAPTURES = 8
+
+# Runs before a capture that look for sites that are not in every one of them.
+NUM_PROBES = 3
+
+
+class ScaleObserved(Messenger):
+    """Scale the log density of observed sites, ``pyro.factor`` included, by ``weight``.
+
+    The weight is a tensor, so that a compiled program sees it change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.ones((), dtype=torch.float64, device="cpu")
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class _Listen(Messenger):
+    """Note the sites and parameters of whatever runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[tuple] = []
+        self.params: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        shape = value.shape if isinstance(value, Tensor) else None
+        self.sites.append((msg["name"], msg["is_observed"], shape, type(msg["fn"])))
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.params[msg["name"]] = msg["value"]
+
+
+class _RandomState:
+    """torch's random number generators, to be set back."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+class Program:
+    """A compiled run of a loss for one kind of arguments: its value, gradients or a whole step.
+
+    Attributes:
+        call: From all input tensors, in the order of :meth:`inputs`, to the loss and, where the
+            program does not update the parameters itself, the gradients.
+        params: The parameters with a gradient.
+        entries: The same, with their optimisers; none where nothing is updated.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Sequence[Tensor]],
+        loss_graph: LossGraph,
+        entries: list[Entry],
+        own: list[Tensor],
+    ) -> None:
+        self.call = call
+        self.params = loss_graph.reached
+        self.entries = entries
+        self.own = own
+        self.held = list(loss_graph.held)
+        # What a user may replace from one step to the next, and where it then is found.
+        self.watched = [
+            (index, home.owner, home.key)
+            for index, home in enumerate(loss_graph.homes)
+            if home is not None
+        ]
+        differentiated = {id(param) for param in loss_graph.params}
+        self.differentiated = {i for i, x in enumerate(self.held) if id(x) in differentiated}
+        self.described = [(x.shape, x.dtype, x.device, x.requires_grad) for x in self.held]
+        self.states = [(entry.optimizer, entry.optimizer.state) for entry in entries]
+        self.groups = list({id(e.group): e.group for e in entries}.values())
+        self.settings = [dict(group) for group in self.groups]
+        self.decays = [group.get("lrd", 1.0) for group in self.groups]  # of Pyro's ClippedAdam
+
+    def is_current(self) -> bool:
+        """Whether what was captured is what is there now; take in tensors that were replaced."""
+        held = self.held
+        for index, owner, key in self.watched:
+            found = owner.get(key)
+            if found is held[index]:
+                continue
+            if index in self.differentiated or not isinstance(found, Tensor):
+                return False
+            held[index] = found
+        for x, (shape, dtype, device, flag) in zip(held, self.described, strict=True):
+            if x.dtype is not dtype or x.requires_grad is not flag or x.shape != shape:
+                return False
+            if x.device != device:
+                return False
+        return all(optimizer.state is state for optimizer, state in self.states)
+
+    def settings_changed(self) -> bool:
+        """Whether something of an optimiser but its rate was changed."""
+        for group, known in zip(self.groups, self.settings, strict=True):
+            if group != known:
+                known["lr"] = group["lr"]
+                if group != known:
+                    return True
+        return False
+
+
+class Player:
+    """A loss with its parameters, their optimiser and its programs.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide.
+        loss: An ELBO, or a function of model, guide and arguments to a scalar.
+        optim: See :class:`Optimizers`.
+        loss_and_grads: How a loss takes its gradients, where it does so itself.
+        compile: Whether to capture and compile.
+        average: Decay of an exponential moving average of the parameters; 0 for none.
+        clip_norm: Bound on the norm of all gradients together.
+        hidden: Names of parameters that are held fixed.
+        max_captures: Kinds of arguments that are compiled.
+        name: The optimiser argument's name, for errors.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        loss: Any,
+        optim: Any,
+        *,
+        loss_and_grads: Callable | None = None,
+        compile: bool = False,
+        average: float = 0.0,
+        clip_norm: float | None = None,
+        hidden: set[str] | frozenset[str] = frozenset(),
+        max_captures: int = MAX_CAPTURES,
+        name: str = "optim",
+    ) -> None:
+        self.model, self.guide, self.loss = model, guide, loss
+        self.loss_and_grads = loss_and_grads
+        self.optimizers = Optimizers(optim, name)
+        self.compile = compile
+        self.average = average
+        self.clip_norm = clip_norm
+        self.hidden = hidden
+        self.max_captures = max_captures
+        self.observed: ScaleObserved | None = None
+        self.params: dict[Tensor, Tensor] = {}  # parameter → its moving average
+        self.rates: dict[int, float] = {}  # by the id of a group, as it was when first met
+        self.num_steps = 0
+        self.reason: str | None = None  # why nothing is compiled
+        self.update_in_program = True
+        self.num_setting_changes = 0
+        self.programs: dict[Any, Program] = {}
+        self.compiled: dict[Any, Callable[..., Sequence[Tensor]]] = {}
+        self.arguments = Arguments(model)
+        self.surroundings: Surroundings | None = None
+        self._count = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._healthy = torch.ones((), dtype=torch.bool, device="cpu")
+        self._rates: tuple[list[float], Tensor] = ([], torch.zeros(0, device="cpu"))
+
+    # --- what a user of this class calls ---------------------------------------------------------
+
+    def run(
+        self,
+        args: tuple,
+        kwargs: dict,
+        num_steps: int = 1,
+        factors: Sequence[float] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Take steps on the same arguments; return the losses [num_steps], in double precision.
+
+        Args:
+            args: Positional arguments of model and guide.
+            kwargs: Keyword arguments.
+            num_steps: How many steps.
+            factors: Of the learning rates, by step.
+            weights: Of the observed sites, by step.
+
+        Raises:
+            NonFiniteError: If a loss or gradient is not finite. The parameters are those before.
+        """
+        mode = "step" if self.update_in_program else "gradients"
+        program, inputs = self._program(mode, args, kwargs)
+        if not self.update_in_program and mode == "step":  # as it turned out
+            program, inputs = self._program("gradients", args, kwargs)
+        if program is not None and program.entries:
+            return self._compiled_steps(
+                program, inputs, args, kwargs, num_steps, factors, weights
+            )
+        losses = []
+        for step in range(num_steps):
+            self._weigh(weights, step)
+            if program is None:
+                value = torch_item(self._plain_gradients(args, kwargs))
+            else:
+                value = self._compiled_gradients(program, inputs)
+            self._scale_rates(factors, step)
+            self._update(value, args, kwargs)
+            losses.append(value)
+        return torch.tensor(losses, dtype=torch.float64, device="cpu")
+
+    def evaluate(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """Return the value of the loss, or None if it is not compiled; nothing changes."""
+        program, inputs = self._program("value", args, kwargs)
+        return None if program is None else self._call(program, inputs)[0]
+
+    def gradients(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict[Tensor, Tensor]] | None:
+        """Return the loss and the gradients by parameter, or None if they are not compiled."""
+        program, inputs = self._program("gradients", args, kwargs)
+        if program is None:
+            return None
+        loss, *grads = self._call(program, inputs)
+        return loss, dict(zip(program.params, grads, strict=True))
+
+    def meet(self, args: tuple, kwargs: dict) -> None:
+        """Meet the parameters, by a run that leaves everything else as it was."""
+        random = _RandomState()
+        snapshot = Snapshot(self._look_around())
+        with _Listen() as heard:
+            self._differentiable()(self.model, self.guide, *args, **kwargs)
+        snapshot.restore()
+        self._meet(heard.params)
+        random.restore()
+
+    def base_rate(self, group: dict[str, Any]) -> float:
+        """Return a group's learning rate before any schedule."""
+        return self.rates.setdefault(id(group), float(group["lr"]))
+
+    def set_base_rate(self, group: dict[str, Any], rate: float) -> None:
+        """Set a group's learning rate before any schedule."""
+        self.rates[id(group)] = group["lr"] = rate
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Say how many steps have been taken, on which the moving average depends."""
+        self.num_steps = num_steps
+        self._count.fill_(num_steps)
+
+    # --- plain steps -----------------------------------------------------------------------------
+
+    def _scale_rates(self, factors: Sequence[float] | None, step: int) -> None:
+        if factors is not None:
+            for group in self.optimizers.groups():
+                group["lr"] = self.base_rate(group) * factors[step]
+
+    def _weigh(self, weights: Sequence[float] | None, step: int) -> None:
+        if weights is not None and self.observed is not None:
+            self.observed.weight.fill_(weights[step])
+
+    def _plain_gradients(self, args: tuple, kwargs: dict) -> Any:
+        """Run the loss and leave its gradients in the parameters; return its value."""
+        function = None if self.loss_and_grads else self._differentiable()
+        with _Listen() as heard:
+            if function is None:
+                take = self.loss_and_grads or self.loss.loss_and_grads
+                loss = take(self.model, self.guide, *args, **kwargs)
+            else:
+                loss = function(self.model, self.guide, *args, **kwargs)
+        self._meet(heard.params)
+        if function is None:
+            if not self.params:
+                raise ValueError("the loss shows no parameter: there is nothing to fit")
+            if isinstance(loss, tuple):
+                raise ValueError(
+                    f"found a loss of {len(loss)} values, expected one; pyro.infer.SVI takes several"
+                )
+            return loss
+        if not self.params or not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError("the loss depends on no parameter: there is nothing to fit")
+        for param in self.params:
+            param.grad = None
+        trainable = [param for param in self.params if param.requires_grad]
+        if loss.isfinite():  # and no gradients left in a model held fixed
+            loss.backward(inputs=trainable)
+        return loss
+
+    def _differentiable(self) -> Callable | None:
+        if isinstance(self.loss, ELBO):
+            return getattr(self.loss, "differentiable_loss", None)
+        return self.loss
+
+    def _update(self, value: float, args: tuple, kwargs: dict) -> None:
+        """Update the parameters by their gradients, or raise."""
+        grads = [param.grad for param in self.params if param.grad is not None]
+        # One number that is not finite if any entry is not.
+        total = sum(grad.sum() for grad in grads) if math.isfinite(value) else value
+        if not math.isfinite(total):
+            for param in self.params:
+                param.grad = None
+            raise self._error(value, args, kwargs)
+        if self.clip_norm is not None:
+            clip_grad_norm_(list(self.params), self.clip_norm)
+        self.optimizers.step(list(self.params))
+        for param in self.params:
+            param.grad = None
+        self.set_num_steps(self.num_steps + 1)
+        if self.average:
+            decay = min(self.average, (1 + self.num_steps) / (10 + self.num_steps))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.params.values()), list(self.params), 1 - decay)
+
+    def _meet(self, params: dict[str, Tensor]) -> bool:
+        """Take in the parameters that a run shows for the first time; say if there are any."""
+        found = {
+            unconstrained(value): None for name, value in params.items() if name not in self.hidden
+        }
+        new = [param for param in found if param not in self.params and param.requires_grad]
+        new = self.optimizers.choose(new)
+        if not new:
+            return False
+        self.optimizers.meet(new)
+        self.params |= {param: param.detach().clone() if self.average else param for param in new}
+        device = new[0].device
+        self._count, self._healthy = self._count.to(device), self._healthy.to(device)
+        if self.observed is not None:
+            self.observed.weight = self.observed.weight.to(device)
+        return True
+
+    def _error(self, value: float, args: tuple, kwargs: dict) -> Exception:
+        return NonFiniteError(describe_nonfinite(value, self.model, self.guide, args, kwargs))
+
+    # --- compiled steps --------------------------------------------------------------------------
+
+    def _program(
+        self, mode: str, args: tuple, kwargs: dict
+    ) -> tuple[Program | None, list[Tensor]]:
+        """Return the program for these arguments and the tensors among them."""
+        if not self.compile or self.reason is not None:
+            return None, []
+        kind, inputs = self.arguments.kind(args, kwargs)
+        key = mode, kind, self._fingerprint()
+        program = self.programs.get(key)
+        if program is not None:
+            if program.is_current() and not program.settings_changed():
+                return program, inputs
+            del self.programs[key]
+            if program.settings_changed():
+                # A schedule of momentum, say, would compile a new program at each step.
+                self.num_setting_changes += 1
+                if self.num_setting_changes > MAX_SETTING_CHANGES:
+                    self.update_in_program = False
+                    return None, inputs
+        elif sum(other[0] == mode for other in self.programs) >= self.max_captures:
+            self._warn_of_too_many_kinds(kind)
+            return None, inputs
+        try:
+            program, key = self._capture(mode, args, kwargs)
+        except CannotCapture as error:
+            self._give_up(str(error))
+            return None, inputs
+        except _UpdatesItself:
+            self.update_in_program = False
+            return None, inputs
+        self.programs[key] = program
+        return program, self.arguments.kind(args, kwargs)[1]
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        warnings.warn(
+            f"the steps are not compiled and run as plain Pyro, which is slower; the reason: "
+            f"{reason}",
+            stacklevel=5,
+        )
+
+    def _warn_of_too_many_kinds(self, kind: tuple) -> None:
+        if self.arguments.warned:
+            return
+        self.arguments.warned = True
+        changing = self.arguments.changing([key[1] for key in self.programs], kind)
+        what = changing or "an attribute of the loss, the model or the guide changes"
+        warnings.warn(
+            f"{self.max_captures} programs are compiled, one for each kind of arguments, and "
+            f"further kinds run as plain Pyro: {what}. Batches of one size or a larger "
+            "max_captures would help",
+            stacklevel=5,
+        )
+
+    def _roots(self) -> list[Any]:
+        return [self.model, self.guide, self.loss]
+
+    def _fingerprint(self) -> tuple:
+        """Return what the course of a run may depend on besides tensors."""
+        if self.surroundings is None:
+            return ()
+        plain: list[Any] = [module.training for module in self.surroundings.modules]
+        for attributes in self._attributes:
+            plain += [v for v in attributes.values() if type(v) in _PLAIN]
+        return tuple(plain)
+
+    def _look_around(self) -> Surroundings:
+        self.surroundings = Surroundings(*self._roots())
+        owners = [getattr(root, "__self__", root) for root in self._roots()]
+        watched: list[Any] = []
+        for owner in owners:
+            of_loss = isinstance(owner, nn.Module) and isinstance(owner, ELBO)
+            watched += list(owner.modules()) if of_loss else [owner]
+        self._attributes = [
+            vars(x) for x in watched if isinstance(x, (nn.Module, ELBO)) and hasattr(x, "__dict__")
+        ]
+        return self.surroundings
+
+    def _capture(self, mode: str, args: tuple, kwargs: dict) -> tuple[Program, tuple]:
+        """Capture, check and compile a program for arguments like these."""
+        function = None if self.loss_and_grads else differentiable(self.loss)
+        if function is None:
+            raise CannotCapture(
+                f"{type(self.loss).__name__} has no loss as a tensor (differentiable_loss)"
+            )
+        self._check_static(args, kwargs, grads=mode != "value")
+        surroundings = self._look_around()
+        key = mode, self.arguments.kind(args, kwargs)[0], self._fingerprint()
+        params = [] if mode == "value" else [p for p in self.params if p.requires_grad]
+        if mode != "value" and not params:
+            raise ValueError("the loss shows no parameter that can be trained: nothing to fit")
+        run_args, run_kwargs = self.arguments.with_tensors(args, kwargs)
+        graph = self._captured_like_plain(
+            function, args, kwargs, run_args, run_kwargs, params, surroundings
+        )
+        entries = self.optimizers.entries(graph.reached) if mode == "step" else []
+        rules = [rule for entry in entries if (rule := rule_of(entry.optimizer)) is not None]
+        if len(rules) < len(entries):
+            raise _UpdatesItself
+        self.optimizers.follow([entry.param for entry in entries])
+        if self.average:
+            self.params = {param: mean.to(param) for param, mean in self.params.items()}
+        means = [self.params[entry.param] for entry in entries] if self.average else []
+        states = [slots(entry, rule) for entry, rule in zip(entries, rules, strict=True)]
+        own = [self._healthy, self._count, *means, *(x for s in states for x in s.values())]
+        own = own if entries else []
+        groups = list({id(entry.group): None for entry in entries})
+        inputs = self.arguments.kind(args, kwargs)[1]
+        rates = torch.zeros(len(groups), dtype=torch.float64, device=self._count.device)
+        sizes = [len(graph.held), len(own), 1 if entries else 0, len(inputs)]
+        changing = changed_inputs(graph.graph)
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            """Be the whole program: the loss, its state and, for a step, the update."""
+            rest = iter(tensors)
+            held, owned, row, given = ([next(rest) for _ in range(n)] for n in sizes)
+            # A buffer is changed for good after a good step only.
+            private = [x.clone() if i in changing else x for i, x in enumerate(held)]
+            loss, *outputs = graph.graph(*private, *given)
+            grads, rebound = outputs[: len(graph.reached)], outputs[len(graph.reached) :]
+            where = {id(x): i for i, x in enumerate(graph.held)}
+            new = {i: private[i] for i in changing if i < len(held)}
+            new |= {where[id(x)]: value for x, value in zip(graph.rebound, rebound, strict=True)}
+            good = loss.isfinite()
+            if grads:
+                good = good & sum(g.sum() for g in grads).isfinite()
+            if not entries:
+                for i, value in new.items():
+                    held[i].copy_(value if mode == "value" else torch.where(good, value, held[i]))
+                return [loss, *grads]
+            healthy, count = owned[:2]
+            good = good & healthy
+            updates: list[tuple[Tensor, Tensor]] = [(held[i], value) for i, value in new.items()]
+            updates.append((count, count + 1))
+            decay = ((2 + count) / (11 + count)).clamp(max=self.average)
+            later = iter(owned[2 + len(means) :])
+            for i, grad in enumerate(self._clipped(entries, grads)):
+                param, rule = held[where[id(entries[i].param)]], rules[i]
+                state = {name: next(later) for name in states[i]}
+                rate = row[0][groups.index(id(entries[i].group))]
+                value, new_state = rule.update(param, grad, state, entries[i].group, rate)
+                updates.append((param, value))
+                updates += [(state[name], x) for name, x in new_state.items()]
+                if means:
+                    updates.append((owned[2 + i], owned[2 + i].lerp(value, (1 - decay).to(value))))
+            for old, value in updates:
+                old.copy_(torch.where(good, value.to(old.dtype), old))
+            healthy.copy_(good)
+            return [loss]
+
+        example = [*graph.held, *own, *([rates] if entries else []), *inputs]
+        call = self._compiled(run, example)
+        return Program(call, graph, entries, own), key
+
+    def _clipped(self, entries: list[Entry], grads: list[Tensor]) -> list[Tensor]:
+        """Clip gradients as torch's ``clip_grad_norm_`` and ``clip_grad_value_`` do."""
+        clipped = []
+        for entry, grad in zip(entries, grads, strict=True):
+            bounds = self.optimizers.clip(entry.param)
+            if (bound := bounds.get("clip_norm")) is not None:
+                grad = grad * (bound / (grad.norm() + 1e-6)).clamp(max=1)
+            if (bound := bounds.get("clip_value")) is not None:
+                grad = grad.clamp(-bound, bound)
+            clipped.append(grad)
+        if self.clip_norm is not None:
+            norm = sum(grad.square().sum() for grad in clipped).sqrt()
+            clipped = [g * (self.clip_norm / (norm + 1e-6)).clamp(max=1) for g in clipped]
+        return clipped
+
+    def _check_static(self, args: tuple, kwargs: dict, grads: bool) -> None:
+        """Meet all parameters, and compare the sites of a few runs; leave everything as it was."""
+        random = _RandomState()
+        runs: list[list[tuple]] = []
+        for probe in range(1 + NUM_PROBES):
+            surroundings = self._look_around()
+            snapshot = Snapshot(surroundings)
+            before = self._fingerprint()
+            with _Listen() as heard, torch.set_grad_enabled(probe == 0 and grads):
+                self._differentiable()(self.model, self.guide, *args, **kwargs)
+            snapshot.restore()
+            runs.append(heard.sites)
+            if probe == 0:
+                self._meet(heard.params)
+                # Parameters made by this run shall not share its random numbers with the first
+                # step.
+                if any(id(param) not in surroundings.homes for param in self.params):
+                    random = _RandomState()
+            elif self._fingerprint() != before:
+                raise CannotCapture(
+                    "an attribute of the loss, the model or the guide changes from run to run"
+                )
+        random.restore()
+        for other in runs[1:]:
+            if other != runs[0]:
+                name = next(iter(set(runs[0]) ^ set(other)), runs[0][0])[0]
+                raise CannotCapture(f"site {name!r} is not the same, or not there, in every run")
+
+    def _captured_like_plain(
+        self,
+        function: Callable,
+        args: tuple,
+        kwargs: dict,
+        run_args: tuple,
+        run_kwargs: dict,
+        params: list[Tensor],
+        surroundings: Surroundings,
+    ) -> LossGraph:
+        """Capture the loss, and compare its graph with a plain run on the same random numbers."""
+        random = _RandomState()
+        snapshot = Snapshot(surroundings)
+        if params:
+            value = torch.as_tensor(torch_item(self._plain_gradients(args, kwargs)))
+            expected = {param: param.grad for param in params}
+            for param in self.params:
+                param.grad = None
+            if not value.isfinite():
+                snapshot.restore()
+                raise self._error(float(value), args, kwargs)
+        else:
+            loss = self.loss.loss if isinstance(self.loss, ELBO) else self.loss
+            with torch.no_grad():
+                value = torch.as_tensor(torch_item(loss(self.model, self.guide, *args, **kwargs)))
+            expected = {}
+        changes = snapshot.changes()
+        snapshot.restore()
+        random.restore()
+        graph = LossGraph(
+            function, self.model, self.guide, run_args, run_kwargs, params, surroundings
+        )
+        random.restore()
+        inputs = self.arguments.kind(args, kwargs)[1]
+        (loss, *outputs), after = run_on_copies(
+            graph.graph, [*graph.held, *inputs], changed_inputs(graph.graph)
+        )
+        random.restore()
+        if difference([loss.double()], [value.double().to(loss.device)]) is not None:
+            raise CannotCapture(
+                f"the captured loss is not that of a plain run: {float(loss)} and {float(value)}"
+            )
+        missing = [p for p in params if expected[p] is not None and p not in set(graph.reached)]
+        grads = outputs[: len(graph.reached)]
+        zeros = [torch.zeros_like(p) if expected[p] is None else expected[p] for p in graph.reached]
+        if missing or difference(grads, zeros) is not None:
+            raise CannotCapture("the captured gradients are not those of a plain run")
+        found = dict(zip(map(id, graph.held), after, strict=False))
+        found |= dict(zip(map(id, graph.rebound), outputs[len(grads) :], strict=True))
+        for old, expected_value in changes.items():
+            home = surroundings.homes[old]
+            seen = old in found
+            if seen and difference([found[old]], [expected_value]) is None:
+                continue
+            if seen or any(home.owner is module._buffers for module in surroundings.modules):
+                raise CannotCapture(f"{home.name} does not change as in a plain run")
+        return graph
+
+    def _compiled(self, run: Callable, example: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """Compile a program; take an earlier one if it is the same."""
+        random = _RandomState()
+        with torch.no_grad():
+            traced = trace(run, [_copy(x) for x in example])
+        random.restore()
+        inputs = [*traced.held, *example]
+        key = traced.graph.code, *map(describe, inputs)
+        if key not in self.compiled:
+            call, compiled = compile_graph(traced.graph, inputs)
+            if compiled:
+                # Inductor's program against the graph's operations, one by one.
+                both, changing = [], changed_inputs(traced.graph)
+                for function in (call, traced.graph):
+                    outputs, after = run_on_copies(function, inputs, changing)
+                    both.append([*outputs, *after])
+                    random.restore()
+                if difference(*both) is not None:
+                    warnings.warn(
+                        "the compiled program does not agree with its own graph, which runs "
+                        "operation by operation instead",
+                        stacklevel=7,
+                    )
+                    call = traced.graph
+            self.compiled[key] = call
+        return partial(self.compiled[key], *traced.held) if traced.held else self.compiled[key]
+
+    def _call(self, program: Program, inputs: list[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return program.call(*program.held, *program.own, *inputs)
+
+    def _compiled_gradients(self, program: Program, inputs: list[Tensor]) -> float:
+        """Leave compiled gradients in the parameters; return the loss."""
+        loss, *grads = self._call(program, inputs)
+        for param in self.params:
+            param.grad = None
+        for param, grad in zip(program.params, grads, strict=True):
+            param.grad = grad
+        return loss.item()
+
+    def _compiled_steps(
+        self,
+        program: Program,
+        inputs: list[Tensor],
+        args: tuple,
+        kwargs: dict,
+        num_steps: int,
+        factors: Sequence[float] | None,
+        weights: Sequence[float] | None,
+    ) -> Tensor:
+        tensors = [*program.held, *program.own, self._count, *inputs]
+        place = len(program.held) + len(program.own)
+        losses = []
+        with torch.no_grad():
+            for step in range(num_steps):
+                self._scale_rates(factors, step)
+                self._weigh(weights, step)
+                tensors[place] = self._row_of_rates(program)
+                losses.append(program.call(*tensors)[0])
+        if num_steps == 1:
+            values = losses[0].double().reshape(1)
+        else:
+            values = torch.stack(losses).double()
+        values = values.cpu()
+        if not self._healthy:
+            self._healthy.fill_(True)
+            self.num_steps = int(self._count)
+            bad = values[~values.isfinite()]
+            value = float(bad[0]) if len(bad) else float(values[-1])
+            raise self._error(value, args, kwargs)
+        self.num_steps += num_steps
+        return values
+
+    def _row_of_rates(self, program: Program) -> Tensor:
+        """Return the learning rates of the groups as a tensor, the last one if none changed."""
+        for group, decay in zip(program.groups, program.decays, strict=True):
+            if decay != 1.0:
+                group["lr"] *= decay
+        rates = [float(group["lr"]) for group in program.groups]
+        if rates != self._rates[0] or self._rates[1].device != self._count.device:
+            row = torch.tensor(rates, dtype=torch.float64, device=self._count.device)
+            self._rates = rates, row
+        return self._rates[1]
+
+
+class _UpdatesItself(Exception):
+    """An optimiser has no rule, and has to take its steps itself."""
+
+
+#: How often the settings of an optimiser, its rate aside, may change before its updates leave the
+#: compiled program.
+MAX_SETTING_CHANGES = 2
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+def unconstrained(value: Tensor) -> Tensor:
+    """Return the parameter behind what a ``pyro.param`` statement returns."""
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def describe_nonfinite(
+    value: float, model: Callable, guide: Callable, args: tuple, kwargs: dict
+) -> str:
+    """Name the parameters and sites that are not finite in a fresh run."""
+    with poutine.block(), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        traces = {"guide": guide_trace, "model": poutine.trace(replayed).get_trace(*args, **kwargs)}
+    culprits = []
+    for owner, run in traces.items():
+        for name, site in run.nodes.items():
+            if site["type"] == "param" and not site["value"].isfinite().all():
+                culprits.append(f"parameter {name!r} of the {owner}")
+            if site["type"] != "sample" or name in ("_INPUT", "_RETURN"):
+                continue
+            if not torch.as_tensor(site["value"]).isfinite().all():
+                culprits.append(f"the value of {owner} site {name!r}")
+            elif not site["fn"].log_prob(site["value"]).isfinite().all():
+                culprits.append(f"log_prob of {owner} site {name!r}")
+    what = "the loss" if not math.isfinite(value) else "a gradient"
+    found = ", ".join(culprits) or "no site in a fresh run; a smaller learning rate may do"
+    return f"{what} is not finite ({value}); found not finite: {found}"
