@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+
+from .programs import CannotCaptureError
 
 __all__ = ["Arguments"]
 
@@ -69,6 +72,11 @@ class Arguments:
     def _identity(self, leaf: Any) -> Any:
         if isinstance(leaf, (bool, int, float, str, bytes, type(None))):
             return leaf
+        if not isinstance(leaf, (nn.Module, types.FunctionType, torch.dtype, torch.device)):
+            raise CannotCaptureError(
+                f"an argument is a {type(leaf).__name__}, whose content may change unseen; "
+                "tensors, numbers, strings, modules and functions can be captured"
+            )
         if not any(leaf is kept for kept in self._kept):
             self._kept.append(leaf)  # or its id be another's
         return id(leaf)
@@ -78,7 +86,9 @@ class Arguments:
         for other in self.seen:
             if other[0] != structure:
                 continue
-            changed = [i for i, (a, b) in enumerate(zip(kind[1:], other[1:], strict=True)) if a != b]
+            changed = [
+                i for i, (a, b) in enumerate(zip(kind[1:], other[1:], strict=True)) if a != b
+            ]
             if all(isinstance(leaves[i], float) for i in changed):
                 self.numbers.update(changed)
                 self.seen = []
@@ -95,7 +105,7 @@ class Arguments:
         for path, _ in tree_flatten_with_path((args, kwargs))[0]:
             position = getattr(path[1], "idx", None)
             if position is None:
-                name = f"argument {path[1].key!r}"
+                name = f"argument {getattr(path[1], 'key', path[1])!r}"
             elif position < len(parameters):
                 name = f"argument {parameters[position]!r}"
             else:
@@ -112,7 +122,9 @@ class Arguments:
             if len(values) > 1:
                 shown = [list(v[0]) if isinstance(v[0], torch.Size) else v[-1] for v in values]
                 what = "shape" if isinstance(own[0], torch.Size) else "value"
-                found.append(f"the {what} of {self.names[i - 1]} changes: {shown[0]}, {shown[1]}, …")
+                found.append(
+                    f"the {what} of {self.names[i - 1]} changes: {shown[0]}, {shown[1]}, …"
+                )
         return "; ".join(found)
 
 

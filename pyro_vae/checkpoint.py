@@ -42,17 +42,19 @@ class Checkpoint:
         """Whether there is something to go on from."""
         return self.path.exists()
 
-    def save(self, record: Any) -> None:
-        """Write the state after a step."""
+    def save(self, record: Any, extra: dict[str, Any]) -> None:
+        """Write the state after a step, with what else the training has to remember."""
         state = {
             "format": FORMAT,
             "record": dict(vars(record)),
+            "extra": extra,
             "players": {name: self._state(player) for name, player in self.players.items()},
-            "buffers": [value.detach() for _, _, value in self._buffers()],
+            "buffers": [
+                (type(module).__name__, key, value.detach())
+                for module, key, value in self._buffers()
+            ],
             "random": torch.get_rng_state(),
-            "random_cuda": (
-                torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-            ),
+            "random_cuda": (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
         }
         partial_path = self.path.with_name(self.path.name + ".part")
         try:
@@ -61,8 +63,8 @@ class Checkpoint:
         finally:
             partial_path.unlink(missing_ok=True)
 
-    def load(self, args: tuple, kwargs: dict, record: Any) -> None:
-        """Read the state, and put it into players, loss and record.
+    def load(self, args: tuple, kwargs: dict, record: Any) -> dict[str, Any]:
+        """Read the state, put it into players, loss and record, and return what else was saved.
 
         Raises:
             ValueError: If the file is damaged, or of another training.
@@ -87,14 +89,20 @@ class Checkpoint:
         buffers = self._buffers()
         if len(buffers) != len(state["buffers"]):
             raise self._other(f"{len(state['buffers'])} buffers", str(len(buffers)))
-        for (module, key, old), value in zip(buffers, state["buffers"], strict=True):
-            if old.shape != value.shape:
-                raise self._other(f"a buffer {key!r} of shape {list(value.shape)}", "its own")
+        for (module, key, old), saved in zip(buffers, state["buffers"], strict=True):
+            kind, name, value = saved
+            if (type(module).__name__, key, old.shape) != (kind, name, value.shape):
+                raise self._other(
+                    f"a buffer {name!r} of {kind}, {list(value.shape)}",
+                    f"{key!r} of {type(module).__name__}, {list(old.shape)}",
+                )
             module._buffers[key] = value.to(old.device)
         vars(record).update(state["record"])
         torch.set_rng_state(state["random"])
         if state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
+        extra: dict[str, Any] = state["extra"]
+        return extra
 
     def _other(self, found: str, expected: str) -> ValueError:
         return ValueError(
@@ -121,7 +129,11 @@ class Checkpoint:
             raise self._other(f"parameters of the shapes {found} under {name}", str(expected))
         entries = player.optimizers.entries(list(player.params))
         rows = zip(
-            entries, state["params"], state["means"], state["optimizers"], state["rates"],
+            entries,
+            state["params"],
+            state["means"],
+            state["optimizers"],
+            state["rates"],
             strict=True,
         )
         for entry, value, mean, slots, rate in rows:

@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 from .capture import UnconstrainedModel
 from .divergences import knn_kl
+from .fit import adversarial_recipe, fit, has_learned_density
 from .guides import AutoFlow, AutoImplicit
 from .losses import AVB_ELBO
 from .mcmc import HMC
 from .mcmc.checks import ConvergenceError, Verdict, check_mcmc
 from .mcmc.diagnostics import to_inference_data
 from .plots import plot_convergence, plot_marginals
-from .fit import adversarial_recipe, fit, has_learned_density
 from .threads import one_thread_if_small
 
 __all__ = ["GUIDES", "Comparison", "compare"]

@@ -252,10 +252,12 @@ def fit(
             trained, guide, adversary, adversary_optim, compile=compile, name="adversary_optim"
         )
     record = _Record(num_steps)
+    best = _Best(player) if keep_best else None
     saved = None if checkpoint is None else Checkpoint(checkpoint, players, loss)
     if saved is not None and saved.exists():
-        saved.load(args, kwargs, record)
-    best = _Best(player) if keep_best else None
+        extra = saved.load(args, kwargs, record)
+        if best is not None:
+            best.load(extra)
     if callback is not None and record.step == 0:
         callback(0, math.nan)
     bar = tqdm(
@@ -288,7 +290,7 @@ def fit(
                 if bar.update(chunk):
                     bar.set_postfix_str(f"loss {record.smoothed():.3f}")
                 if saved is not None and (record.step % checkpoint_every == 0 or last):
-                    saved.save(record)
+                    saved.save(record, {} if best is None else best.state())
                 if callback is not None and (record.step % callback_every == 0 or last):
                     with averaged(player):
                         callback(record.step, float(values[-1]))
@@ -329,6 +331,9 @@ def adversarial_recipe() -> dict[str, Any]:
 def _check_schedulers(**optimizers: Any) -> None:
     """Raise a ValueError for an optimiser that sets its own learning rates."""
     for name, optim in optimizers.items():
+        arguments = getattr(optim, "pt_optim_args", {})
+        if isinstance(arguments, dict) and arguments.get("lrd", 1.0) != 1.0:
+            raise ValueError(f"{name}: found a decay lrd={arguments['lrd']}, expected schedule=")
         if isinstance(optim, PyroOptim) and hasattr(optim, "pt_scheduler_constructor"):
             raise ValueError(
                 f"{name}: found a Pyro optimiser with a scheduler, expected a plain one, or "
@@ -380,6 +385,15 @@ class _Best:
         if record.step % SMOOTH == 0 and record.smoothed() < self.loss:
             self.loss = record.smoothed()
             self.values = {p: mean.detach().clone() for p, mean in self.player.params.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {"loss": self.loss, "values": list(self.values.values())}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.loss = state.get("loss", math.inf)
+        params = list(self.player.params)
+        values = state.get("values", [])
+        self.values = {p: v.to(p.device) for p, v in zip(params, values, strict=False)}
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro.optim import PyroOptim
-from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.optim import _load_state_dict
 from torch import Tensor, nn
 
 from .updates import Rule
@@ -70,15 +71,16 @@ class Optimizers:
 
     def _meet_by_pyro(self, new: list[Tensor]) -> None:
         assert self.pyro is not None
+        waiting = self.pyro._state_waiting_to_be_consumed
         for param in new:
             if param in self.pyro.optim_objs:
                 continue
-            kept, param.grad = param.grad, None
-            self.pyro([param])  # a step without a gradient, which makes the optimiser
-            param.grad = kept
-            (entry,) = self.entries([param])
-            if type(entry.optimizer) is ClippedAdam:  # whose rate decays at such a step too
-                entry.group["lr"] /= entry.group["lrd"]
+            # As a step of Pyro's optimiser does, but without the step.
+            optimizer = self.pyro.optim_objs[param] = self.pyro._get_optim(param)
+            self.pyro.grad_clip[param] = self.pyro._get_grad_clip(param)
+            state = waiting.pop(pyro.get_param_store().param_name(param), None)
+            if state is not None:
+                _load_state_dict(optimizer, state)
 
     def entries(self, params: Sequence[Tensor]) -> list[Entry]:
         """Return each parameter with its optimiser and group."""

@@ -13,19 +13,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from .arguments import Arguments
 from .capture import _copy
 from .optimizers import Entry, Optimizers, slots
 from .programs import (
-    CannotCapture,
+    CannotCaptureError,
     LossGraph,
     Snapshot,
     Surroundings,
@@ -109,7 +111,9 @@ class Program:
         call: Callable[..., Sequence[Tensor]],
         loss_graph: LossGraph,
         entries: list[Entry],
+        states: list[dict[str, Tensor]],
         own: list[Tensor],
+        store: Any,
     ) -> None:
         self.call = call
         self.params = loss_graph.reached
@@ -124,8 +128,16 @@ class Program:
         ]
         differentiated = {id(param) for param in loss_graph.params}
         self.differentiated = {i for i, x in enumerate(self.held) if id(x) in differentiated}
-        self.described = [(x.shape, x.dtype, x.device, x.requires_grad) for x in self.held]
-        self.states = [(entry.optimizer, entry.optimizer.state) for entry in entries]
+        self.described = [
+            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in self.held
+        ]
+        self.baked = loss_graph.baked
+        self.store = store
+        self.slots = [
+            (entry.optimizer, entry.param, name, slot)
+            for entry, state in zip(entries, states, strict=True)
+            for name, slot in state.items()
+        ]
         self.groups = list({id(e.group): e.group for e in entries}.values())
         self.settings = [dict(group) for group in self.groups]
         self.decays = [group.get("lrd", 1.0) for group in self.groups]  # of Pyro's ClippedAdam
@@ -140,12 +152,20 @@ class Program:
             if index in self.differentiated or not isinstance(found, Tensor):
                 return False
             held[index] = found
-        for x, (shape, dtype, device, flag) in zip(held, self.described, strict=True):
+        for x, (shape, stride, dtype, device, flag) in zip(held, self.described, strict=True):
             if x.dtype is not dtype or x.requires_grad is not flag or x.shape != shape:
                 return False
-            if x.device != device:
+            if x.device != device or x.stride() != stride:
                 return False
-        return all(optimizer.state is state for optimizer, state in self.states)
+        for home, x, version in self.baked:
+            if x._version != version or (home is not None and home.get() is not x):
+                return False
+        if pyro.get_param_store()._params is not self.store:  # cleared
+            return False
+        return all(
+            optimizer.state.get(param, {}).get(name) is slot
+            for optimizer, param, name, slot in self.slots
+        )
 
     def settings_changed(self) -> bool:
         """Whether something of an optimiser but its rate was changed."""
@@ -239,9 +259,7 @@ class Player:
         if not self.update_in_program and mode == "step":  # as it turned out
             program, inputs = self._program("gradients", args, kwargs)
         if program is not None and program.entries:
-            return self._compiled_steps(
-                program, inputs, args, kwargs, num_steps, factors, weights
-            )
+            return self._compiled_steps(program, inputs, args, kwargs, num_steps, factors, weights)
         losses = []
         for step in range(num_steps):
             self._weigh(weights, step)
@@ -270,7 +288,7 @@ class Player:
     def meet(self, args: tuple, kwargs: dict) -> None:
         """Meet the parameters, by a run that leaves everything else as it was."""
         random = _RandomState()
-        snapshot = Snapshot(self._look_around())
+        snapshot = Snapshot(self._look_around(args, kwargs))
         with _Listen() as heard:
             self._differentiable()(self.model, self.guide, *args, **kwargs)
         snapshot.restore()
@@ -316,7 +334,7 @@ class Player:
                 raise ValueError("the loss shows no parameter: there is nothing to fit")
             if isinstance(loss, tuple):
                 raise ValueError(
-                    f"found a loss of {len(loss)} values, expected one; pyro.infer.SVI takes several"
+                    f"found a loss of {len(loss)} values, expected one; pyro.infer.SVI has several"
                 )
             return loss
         if not self.params or not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -328,7 +346,8 @@ class Player:
             loss.backward(inputs=trainable)
         return loss
 
-    def _differentiable(self) -> Callable | None:
+    def _differentiable(self) -> Any:
+        """Return the loss as a function to a tensor; None if it only takes its own gradients."""
         if isinstance(self.loss, ELBO):
             return getattr(self.loss, "differentiable_loss", None)
         return self.loss
@@ -371,21 +390,32 @@ class Player:
         return True
 
     def _error(self, value: float, args: tuple, kwargs: dict) -> Exception:
-        return NonFiniteError(describe_nonfinite(value, self.model, self.guide, args, kwargs))
+        random, snapshot = _RandomState(), Snapshot(self._look_around(args, kwargs))
+        try:
+            return NonFiniteError(describe_nonfinite(value, self.model, self.guide, args, kwargs))
+        finally:
+            snapshot.restore()
+            random.restore()
 
     # --- compiled steps --------------------------------------------------------------------------
 
-    def _program(
-        self, mode: str, args: tuple, kwargs: dict
-    ) -> tuple[Program | None, list[Tensor]]:
+    def _program(self, mode: str, args: tuple, kwargs: dict) -> tuple[Program | None, list[Tensor]]:
         """Return the program for these arguments and the tensors among them."""
         if not self.compile or self.reason is not None:
             return None, []
-        kind, inputs = self.arguments.kind(args, kwargs)
+        if _PYRO_STACK:  # handlers around the call, which may be others at the next
+            return None, []
+        try:
+            kind, inputs = self.arguments.kind(args, kwargs)
+        except CannotCaptureError as error:
+            self._give_up(str(error))
+            return None, []
         key = mode, kind, self._fingerprint()
         program = self.programs.get(key)
         if program is not None:
-            if program.is_current() and not program.settings_changed():
+            own = program.own[:2]
+            ours = all(a is b for a, b in zip(own, (self._healthy, self._count), strict=False))
+            if ours and program.is_current() and not program.settings_changed():
                 return program, inputs
             del self.programs[key]
             if program.settings_changed():
@@ -399,10 +429,10 @@ class Player:
             return None, inputs
         try:
             program, key = self._capture(mode, args, kwargs)
-        except CannotCapture as error:
+        except CannotCaptureError as error:
             self._give_up(str(error))
             return None, inputs
-        except _UpdatesItself:
+        except _UpdatesItselfError:
             self.update_in_program = False
             return None, inputs
         self.programs[key] = program
@@ -429,39 +459,25 @@ class Player:
             stacklevel=5,
         )
 
-    def _roots(self) -> list[Any]:
-        return [self.model, self.guide, self.loss]
-
     def _fingerprint(self) -> tuple:
-        """Return what the course of a run may depend on besides tensors."""
-        if self.surroundings is None:
-            return ()
-        plain: list[Any] = [module.training for module in self.surroundings.modules]
-        for attributes in self._attributes:
-            plain += [v for v in attributes.values() if type(v) in _PLAIN]
-        return tuple(plain)
+        """Return what the course of a run may depend on besides tensors and arguments."""
+        seen = () if self.surroundings is None else self.surroundings.fingerprint()
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        return torch.get_default_dtype(), autocast, seen
 
-    def _look_around(self) -> Surroundings:
-        self.surroundings = Surroundings(*self._roots())
-        owners = [getattr(root, "__self__", root) for root in self._roots()]
-        watched: list[Any] = []
-        for owner in owners:
-            of_loss = isinstance(owner, nn.Module) and isinstance(owner, ELBO)
-            watched += list(owner.modules()) if of_loss else [owner]
-        self._attributes = [
-            vars(x) for x in watched if isinstance(x, (nn.Module, ELBO)) and hasattr(x, "__dict__")
-        ]
+    def _look_around(self, args: tuple, kwargs: dict) -> Surroundings:
+        self.surroundings = Surroundings(self.model, self.guide, self.loss, args, kwargs)
         return self.surroundings
 
     def _capture(self, mode: str, args: tuple, kwargs: dict) -> tuple[Program, tuple]:
         """Capture, check and compile a program for arguments like these."""
         function = None if self.loss_and_grads else differentiable(self.loss)
         if function is None:
-            raise CannotCapture(
+            raise CannotCaptureError(
                 f"{type(self.loss).__name__} has no loss as a tensor (differentiable_loss)"
             )
         self._check_static(args, kwargs, grads=mode != "value")
-        surroundings = self._look_around()
+        surroundings = self._look_around(args, kwargs)
         key = mode, self.arguments.kind(args, kwargs)[0], self._fingerprint()
         params = [] if mode == "value" else [p for p in self.params if p.requires_grad]
         if mode != "value" and not params:
@@ -473,7 +489,7 @@ class Player:
         entries = self.optimizers.entries(graph.reached) if mode == "step" else []
         rules = [rule for entry in entries if (rule := rule_of(entry.optimizer)) is not None]
         if len(rules) < len(entries):
-            raise _UpdatesItself
+            raise _UpdatesItselfError
         self.optimizers.follow([entry.param for entry in entries])
         if self.average:
             self.params = {param: mean.to(param) for param, mean in self.params.items()}
@@ -527,10 +543,13 @@ class Player:
 
         example = [*graph.held, *own, *([rates] if entries else []), *inputs]
         call = self._compiled(run, example)
-        return Program(call, graph, entries, own), key
+        return Program(call, graph, entries, states, own, surroundings.store), key
 
     def _clipped(self, entries: list[Entry], grads: list[Tensor]) -> list[Tensor]:
         """Clip gradients as torch's ``clip_grad_norm_`` and ``clip_grad_value_`` do."""
+        if self.clip_norm is not None:
+            norm = torch.stack([grad.norm() for grad in grads]).norm()
+            grads = [g * (self.clip_norm / (norm + 1e-6)).clamp(max=1) for g in grads]
         clipped = []
         for entry, grad in zip(entries, grads, strict=True):
             bounds = self.optimizers.clip(entry.param)
@@ -539,9 +558,6 @@ class Player:
             if (bound := bounds.get("clip_value")) is not None:
                 grad = grad.clamp(-bound, bound)
             clipped.append(grad)
-        if self.clip_norm is not None:
-            norm = sum(grad.square().sum() for grad in clipped).sqrt()
-            clipped = [g * (self.clip_norm / (norm + 1e-6)).clamp(max=1) for g in clipped]
         return clipped
 
     def _check_static(self, args: tuple, kwargs: dict, grads: bool) -> None:
@@ -549,7 +565,7 @@ class Player:
         random = _RandomState()
         runs: list[list[tuple]] = []
         for probe in range(1 + NUM_PROBES):
-            surroundings = self._look_around()
+            surroundings = self._look_around(args, kwargs)
             snapshot = Snapshot(surroundings)
             before = self._fingerprint()
             with _Listen() as heard, torch.set_grad_enabled(probe == 0 and grads):
@@ -563,14 +579,16 @@ class Player:
                 if any(id(param) not in surroundings.homes for param in self.params):
                     random = _RandomState()
             elif self._fingerprint() != before:
-                raise CannotCapture(
+                raise CannotCaptureError(
                     "an attribute of the loss, the model or the guide changes from run to run"
                 )
         random.restore()
         for other in runs[1:]:
             if other != runs[0]:
                 name = next(iter(set(runs[0]) ^ set(other)), runs[0][0])[0]
-                raise CannotCapture(f"site {name!r} is not the same, or not there, in every run")
+                raise CannotCaptureError(
+                    f"site {name!r} is not the same, or not there, in every run"
+                )
 
     def _captured_like_plain(
         self,
@@ -586,10 +604,13 @@ class Player:
         random = _RandomState()
         snapshot = Snapshot(surroundings)
         if params:
-            value = torch.as_tensor(torch_item(self._plain_gradients(args, kwargs)))
-            expected = {param: param.grad for param in params}
-            for param in self.params:
-                param.grad = None
+            mine = {param: param.grad for param in self.params}
+            try:
+                value = torch.as_tensor(torch_item(self._plain_gradients(args, kwargs)))
+                expected = {param: param.grad for param in params}
+            finally:
+                for param, grad in mine.items():
+                    param.grad = grad
             if not value.isfinite():
                 snapshot.restore()
                 raise self._error(float(value), args, kwargs)
@@ -601,24 +622,26 @@ class Player:
         changes = snapshot.changes()
         snapshot.restore()
         random.restore()
-        graph = LossGraph(
-            function, self.model, self.guide, run_args, run_kwargs, params, surroundings
-        )
-        random.restore()
+        try:
+            graph = LossGraph(
+                function, self.model, self.guide, run_args, run_kwargs, params, surroundings
+            )
+        finally:
+            random.restore()
         inputs = self.arguments.kind(args, kwargs)[1]
         (loss, *outputs), after = run_on_copies(
             graph.graph, [*graph.held, *inputs], changed_inputs(graph.graph)
         )
         random.restore()
-        if difference([loss.double()], [value.double().to(loss.device)]) is not None:
-            raise CannotCapture(
+        if difference([loss], [value.to(loss)]) is not None:
+            raise CannotCaptureError(
                 f"the captured loss is not that of a plain run: {float(loss)} and {float(value)}"
             )
         missing = [p for p in params if expected[p] is not None and p not in set(graph.reached)]
         grads = outputs[: len(graph.reached)]
-        zeros = [torch.zeros_like(p) if expected[p] is None else expected[p] for p in graph.reached]
+        zeros = [torch.zeros_like(p) if (g := expected[p]) is None else g for p in graph.reached]
         if missing or difference(grads, zeros) is not None:
-            raise CannotCapture("the captured gradients are not those of a plain run")
+            raise CannotCaptureError("the captured gradients are not those of a plain run")
         found = dict(zip(map(id, graph.held), after, strict=False))
         found |= dict(zip(map(id, graph.rebound), outputs[len(grads) :], strict=True))
         for old, expected_value in changes.items():
@@ -627,7 +650,7 @@ class Player:
             if seen and difference([found[old]], [expected_value]) is None:
                 continue
             if seen or any(home.owner is module._buffers for module in surroundings.modules):
-                raise CannotCapture(f"{home.name} does not change as in a plain run")
+                raise CannotCaptureError(f"{home.name} does not change as in a plain run")
         return graph
 
     def _compiled(self, run: Callable, example: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
@@ -689,14 +712,14 @@ class Player:
                 self._weigh(weights, step)
                 tensors[place] = self._row_of_rates(program)
                 losses.append(program.call(*tensors)[0])
-        if num_steps == 1:
-            values = losses[0].double().reshape(1)
-        else:
-            values = torch.stack(losses).double()
-        values = values.cpu()
+        values = (losses[0].reshape(1) if num_steps == 1 else torch.stack(losses)).double().cpu()
         if not self._healthy:
             self._healthy.fill_(True)
+            undone = num_steps - (int(self._count) - self.num_steps)
             self.num_steps = int(self._count)
+            for group, decay in zip(program.groups, program.decays, strict=True):
+                if decay != 1.0:
+                    group["lr"] /= decay**undone
             bad = values[~values.isfinite()]
             value = float(bad[0]) if len(bad) else float(values[-1])
             raise self._error(value, args, kwargs)
@@ -715,15 +738,13 @@ class Player:
         return self._rates[1]
 
 
-class _UpdatesItself(Exception):
+class _UpdatesItselfError(Exception):
     """An optimiser has no rule, and has to take its steps itself."""
 
 
 #: How often the settings of an optimiser, its rate aside, may change before its updates leave the
 #: compiled program.
 MAX_SETTING_CHANGES = 2
-
-_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def unconstrained(value: Tensor) -> Tensor:

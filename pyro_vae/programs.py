@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,16 +23,17 @@ from pyro.infer.trace_mean_field_elbo import JitTraceMeanField_ELBO
 from pyro.infer.util import is_identically_zero
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
-from .capture import _compile, _copy, _lift, _mutated
+from .capture import _compile, _copy, _evaluate, _is_random, _lift, _mutated
 from .unconstrained import _no_validation, _no_vmap_warning, _RowByRow
 
 __all__ = [
-    "CannotCapture",
+    "CannotCaptureError",
     "Home",
     "LossGraph",
     "Snapshot",
@@ -51,7 +52,7 @@ _aten = torch.ops.aten
 LossFunction = Callable[..., Tensor]
 
 
-class CannotCapture(Exception):
+class CannotCaptureError(Exception):
     """Why a program is no static graph of tensor operations."""
 
 
@@ -69,7 +70,7 @@ class Home(NamedTuple):
         is_state: Whether a run may change it: no parameter, and no global.
     """
 
-    owner: MutableMapping[str, Any]
+    owner: Any
     key: str
     name: str
     is_state: bool
@@ -82,6 +83,10 @@ class Home(NamedTuple):
 
 # Their functions are looked into for what they close over, not for what their modules hold.
 _LIBRARIES = frozenset({"torch", "pyro", "pyro_vae", "zuko", "functools", "builtins", "numpy"})
+
+
+# What every module has: the tables that are looked at one by one, and hooks.
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def _is_library(name: str | None) -> bool:
@@ -100,6 +105,8 @@ class Surroundings:
     Attributes:
         homes: By the id of each tensor found, where it lives.
         modules: All modules found.
+        plain: Where numbers, strings and distributions live, on which the course may depend.
+        store: The parameters in Pyro's store, which clearing it replaces.
 
     Example:
         >>> decoder = nn.Linear(2, 3)
@@ -111,11 +118,12 @@ class Surroundings:
     def __init__(self, *roots: Any) -> None:
         self.homes: dict[int, Home] = {}
         self.modules: list[nn.Module] = []
+        self.plain: list[tuple[Any, str]] = []
         self._seen: set[int] = set()
         self._kept: list[Any] = []  # what has been seen must not die, or its id be another's
-        store = pyro.get_param_store()
-        for name in store.keys():  # noqa: SIM118 - it is no mapping
-            self._take(store._params, name, f"parameter {name!r}", is_state=False)
+        self.store = pyro.get_param_store()._params
+        for name in self.store:
+            self._take(self.store, name, f"parameter {name!r}", is_state=False)
         pending = list(roots)
         while pending:
             pending += self._visit(pending.pop())
@@ -124,6 +132,8 @@ class Surroundings:
         value = owner.get(key)
         if isinstance(value, Tensor):
             self.homes.setdefault(id(value), Home(owner, key, name, is_state))
+        elif isinstance(value, (bool, int, float, str, Distribution)):
+            self.plain.append((owner, key))
 
     def _visit(self, thing: Any) -> list[Any]:
         """Take in one object, and return what can be reached from it."""
@@ -133,10 +143,14 @@ class Surroundings:
             return []
         self._seen.add(id(thing))
         self._kept.append(thing)
-        if isinstance(thing, (tuple, list, set, frozenset)):
+        if isinstance(thing, (tuple, list)):
             return list(thing) if len(thing) <= 1000 else []
         if isinstance(thing, dict):
-            return list(thing.values()) if len(thing) <= 1000 else []
+            if len(thing) > 1000:
+                return []
+            for key in thing:
+                self._take(thing, key, f"item {key!r}", is_state=True)
+            return list(thing.values())
         if isinstance(thing, partial):
             return [thing.func, *thing.args, *thing.keywords.values()]
         if isinstance(thing, types.MethodType):
@@ -159,20 +173,27 @@ class Surroundings:
         for owner, is_state in ((module._parameters, False), (module._buffers, True)):
             for key in owner:
                 self._take(owner, key, f"{key} of {kind}", is_state)
-        for key in vars(module):
-            self._take(vars(module), key, f"{key} of {kind}", is_state=True)
-        return [*module._modules.values(), *vars(module).values()]
+        self.plain.append((vars(module), "training"))
+        own = [key for key in vars(module) if key not in _OF_MODULES]
+        if not (type(module).__module__ or "").startswith("torch."):  # sizes, which never change
+            for key in own:
+                self._take(vars(module), key, f"{key} of {kind}", is_state=True)
+        return [*module._modules.values(), *(vars(module)[key] for key in own)]
 
     def _visit_function(self, function: types.FunctionType) -> list[Any]:
-        reached: list[Any] = [getattr(function, "__wrapped__", None), *(function.__defaults__ or ())]
-        for cell in function.__closure__ or ():
-            try:
-                reached.append(cell.cell_contents)
-            except ValueError:  # not assigned yet
-                continue
+        reached: list[Any] = [
+            getattr(function, "__wrapped__", None),
+            *(function.__defaults__ or ()),
+        ]
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            owner = _Cell(cell)
+            self._take(owner, name, f"{name} of a closure", is_state=False)
+            reached.append(owner.get(name))
         if not _is_library(function.__module__):
-            names = set(_names(function.__code__))
-            for name in names & set(function.__globals__):
+            names = set(_names(function.__code__)) & set(function.__globals__)
+            for name in sorted(names):
                 self._take(function.__globals__, name, f"global {name}", is_state=False)
                 reached.append(function.__globals__[name])
         return reached
@@ -181,6 +202,25 @@ class Surroundings:
         """Return what a run may change, with where it lives."""
         found = [(home, home.get()) for home in self.homes.values() if home.is_state]
         return [(home, tensor) for home, tensor in found if tensor is not None]
+
+    def fingerprint(self) -> tuple:
+        """Return the numbers, strings and distributions that there are now."""
+        values = [owner.get(key) for owner, key in self.plain]
+        # A distribution is compared as the object that it is; it is kept while we are.
+        return tuple(id(x) if isinstance(x, Distribution) else x for x in values)
+
+
+class _Cell:
+    """What a function closes over, as the one value of a mapping."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def get(self, key: str) -> Any:
+        try:
+            return self.cell.cell_contents
+        except ValueError:  # not assigned yet
+            return None
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -196,26 +236,38 @@ class Snapshot:
 
     def __init__(self, surroundings: Surroundings) -> None:
         self.saved = [
-            (home, tensor, tensor._version, tensor.detach().clone())
-            for home, tensor in surroundings.state()
+            (home, tensor, tensor.detach().clone()) for home, tensor in surroundings.state()
         ]
+
+    def replaced(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors in whose place there are others now, and these."""
+        pairs = [(old, home.get()) for home, old, _ in self.saved]
+        return [(old, new) for old, new in pairs if new is not None and new is not old]
 
     def changes(self) -> dict[int, Tensor]:
         """Return, by the id of each old tensor that was changed or replaced, its new value."""
         changed = {}
-        for home, old, version, _ in self.saved:
+        for home, old, value in self.saved:
             new = home.get()
-            if new is not None and (new is not old or old._version != version):
-                changed[id(old)] = new.detach()
+            # By value: batch statistics change without a new version.
+            if new is not None and not _equal(new, value):
+                changed[id(old)] = new.detach().clone()  # the old one is put back
         return changed
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back as it was."""
-        for home, tensor, version, value in self.saved:
+        for home, tensor, value in self.saved:
             home.owner[home.key] = tensor
-            if tensor._version != version:
+            if not _equal(tensor, value):
                 tensor.copy_(value)
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
+        return False
+    same: Tensor = (x == y) | ((x != x) & (y != y))  # NaN is NaN
+    return bool(same.all())
 
 
 # --- tracing -------------------------------------------------------------------------------------
@@ -230,7 +282,7 @@ class _NoBakedValues(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default:
             mode = get_proxy_mode()
             if mode is not None and get_proxy_slot(args[0], mode.tracer, None) is None:
-                raise CannotCapture("the program asks for the value of a tensor")
+                raise CannotCaptureError("the program asks for the value of a tensor")
         return func(*args, **(kwargs or {}))
 
 
@@ -246,7 +298,9 @@ class _ValuesAsLists(_RowByRow):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in self._WHOLE and get_proxy_mode() is not None:
-            raise CannotCapture(f"the program asks for the values of a tensor ({func.__name__})")
+            raise CannotCaptureError(
+                f"the program asks for the values of a tensor ({func.__name__})"
+            )
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -256,34 +310,37 @@ class Traced(NamedTuple):
     Attributes:
         graph: Takes the tensors held, then the inputs, to a list of tensors.
         held: The tensors that the function closes over, each once.
+        baked: Tensors of which only values are left: the masks of a flow, by which it indexes.
     """
 
     graph: fx.GraphModule
     held: list[Tensor]
+    baked: list[Tensor]
 
 
 def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Traced:
     """Run a function of tensors once, and return what it does as a graph.
 
     Raises:
-        CannotCapture: If its course, or the shape of a tensor in it, depends on values.
+        CannotCaptureError: If its course, or the shape of a tensor in it, depends on values.
     """
     try:
         with _no_validation(), _no_vmap_warning(), _refusing():
             module = make_fx(_modes(function))(*inputs)
-    except CannotCapture:
+    except CannotCaptureError:
         raise
     except Exception as error:
-        raise CannotCapture(_reason(error)) from error
+        raise CannotCaptureError(_reason(error)) from error
+    baked = _settle_shapes(module)
     for node in module.graph.nodes:
         if _has_shape_of_values(module, node):
-            raise CannotCapture(
+            raise CannotCaptureError(
                 f"the shape of a tensor depends on values ({node.target.__name__})"
             )
     lifted, held = _lift(module)
     lifted.graph.eliminate_dead_code()
     lifted.recompile()
-    return Traced(lifted, held)
+    return Traced(lifted, held, baked)
 
 
 def _modes(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
@@ -310,9 +367,107 @@ def _reason(error: Exception) -> str:
 def _has_shape_of_values(module: fx.GraphModule, node: fx.Node) -> bool:
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return False
-    if getattr(node.target, "overloadpacket", None) is not _aten.index:
+    if not _is_indexing(node):
         return True
-    return any(_dtype(module, index) in (torch.bool, torch.uint8) for index in node.args[1])
+    indices: Any = node.args[1]
+    return any(_dtype(module, index) in (torch.bool, torch.uint8) for index in indices)
+
+
+def _settle_shapes(module: fx.GraphModule) -> list[Tensor]:
+    """Compute now what shapes depend on, where it is a function of constants; return these.
+
+    A constant is a tensor without a gradient that the program only reads. Whoever runs the graph
+    has to look whether it is still the same.
+    """
+    graph = module.graph
+    changing = _changing(graph)
+    constant: dict[fx.Node, None] = {}  # as a set, in order
+    for node in graph.nodes:
+        if node in changing or not all(x in constant for x in node.all_input_nodes):
+            continue
+        if node.op == "get_attr":
+            value = getattr(module, str(node.target))
+            if isinstance(value, Tensor) and not value.requires_grad:
+                constant[node] = None
+        elif node.op == "call_function" and not _is_random(node) and not _written(node):
+            constant[node] = None
+    shaping = [node for node in graph.nodes if _has_shape_of_values(module, node)]
+    whole = [node for node in shaping if node in constant]
+    indexing: list[Any] = [n for n in shaping if n not in constant and _is_indexing(n)]
+    masks = [
+        x
+        for node in indexing
+        for x in node.args[1]
+        if x in constant and _dtype(module, x) is torch.bool
+    ]
+    wanted = {*whole, *masks}
+    if not wanted:
+        return []
+    values = _evaluate(module, constant, wanted)
+
+    def hold(value: Tensor, before: fx.Node) -> fx.Node:
+        name = f"_settled_{sum(1 for _ in module.named_buffers())}"
+        module.register_buffer(name, value)
+        with graph.inserting_before(before):
+            return graph.get_attr(name)
+
+    for node in indexing:
+        numbers: list[Any] = []
+        for index in node.args[1]:
+            if index in masks:
+                numbers += [hold(x, node) for x in values[index].nonzero(as_tuple=True)]
+            else:
+                numbers.append(index)
+        node.update_arg(1, numbers)
+    for node in whole:
+        node.replace_all_uses_with(hold(values[node], node))
+    sources: set[fx.Node] = set()
+    pending = list(wanted)
+    while pending:
+        node = pending.pop()
+        if node not in sources:
+            sources.add(node)
+            pending += node.all_input_nodes
+    graph.eliminate_dead_code()
+    module.recompile()
+    return [getattr(module, str(node.target)) for node in sources if node.op == "get_attr"]
+
+
+def _is_indexing(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) is _aten.index
+
+
+def _changing(graph: fx.Graph) -> set[fx.Node]:
+    """Return what an operation may change in place, and what that may be a view of."""
+    changing: set[fx.Node] = set()
+    pending = [x for node in graph.nodes for x in _written(node)]
+    while pending:
+        node = pending.pop()
+        if node not in changing:
+            changing.add(node)
+            pending += _aliased(node)
+    return changing
+
+
+# Operations that change running statistics, which their schemas do not say.
+_BATCH_NORMS = (_aten.native_batch_norm, _aten.cudnn_batch_norm, _aten.miopen_batch_norm)
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that an operation changes in place."""
+    if getattr(node.target, "overloadpacket", None) in _BATCH_NORMS:
+        return [x for x in node.args[3:5] if isinstance(x, fx.Node)]
+    return _mutated(node)
+
+
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that an operation's result may be a view of."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return list(node.all_input_nodes)
+    given = dict(zip((x.name for x in schema.arguments), node.args, strict=False)) | node.kwargs
+    shared = [given.get(x.name) for x in schema.arguments if x.alias_info is not None]
+    return [x for x in tree_leaves(shared) if isinstance(x, fx.Node)]
 
 
 def _dtype(module: fx.GraphModule, node: Any) -> torch.dtype | None:
@@ -326,13 +481,7 @@ def _dtype(module: fx.GraphModule, node: Any) -> torch.dtype | None:
 
 def changed_inputs(graph: fx.GraphModule) -> set[int]:
     """Return the positions of the placeholders that a graph may change in place."""
-    changing: set[fx.Node] = set()
-    pending = [x for node in graph.graph.nodes for x in _mutated(node)]
-    while pending:
-        node = pending.pop()
-        if node not in changing:
-            changing.add(node)
-            pending += node.all_input_nodes  # of which it may be a view
+    changing = _changing(graph.graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return {index for index, node in enumerate(placeholders) if node in changing}
 
@@ -372,9 +521,9 @@ def _surrogate(loss: Any, model: Callable, guide: Callable, *args: Any, **kwargs
         for name, site in guide_trace.nodes.items():
             parts = site.get("score_parts")
             if parts is not None and not is_identically_zero(parts.score_function):
-                raise CannotCapture(
-                    f"guide site {name!r} is not reparameterised: its gradient has a score-function "
-                    "term, which needs the value of the loss"
+                raise CannotCaptureError(
+                    f"guide site {name!r} is not reparameterised: its gradient has a "
+                    "score-function term, which needs the value of the loss"
                 )
         with _NaNForItem():
             _, part = loss._differentiable_loss_particle(model_trace, guide_trace)
@@ -402,7 +551,7 @@ class LossGraph:
         rebound: Buffers that a run replaces by others.
 
     Raises:
-        CannotCapture: If the loss is no static program.
+        CannotCaptureError: If the loss is no static program.
     """
 
     def __init__(
@@ -428,21 +577,19 @@ class LossGraph:
             with torch.set_grad_enabled(bool(params)):
                 loss = function(model, guide, *run_args, **run_kwargs)
                 if not isinstance(loss, Tensor) or loss.dim() != 0:
-                    raise CannotCapture("the loss is not a scalar tensor")
+                    raise CannotCaptureError("the loss is not a scalar tensor")
                 grads: Sequence[Tensor | None] = ()
                 if params:
                     if not loss.requires_grad:
-                        raise CannotCapture("the loss depends on no parameter")
+                        raise CannotCaptureError("the loss depends on no parameter")
                     grads = torch.autograd.grad(loss, params, allow_unused=True)
             reached = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
             self.reached = [p for p, _ in reached]
-            changes = snapshot.changes()
-            replaced = [
-                (old, changes[id(old)])
-                for home, old, *_ in snapshot.saved
-                if id(old) in changes and home.get() is not old
-            ]
-            misfits.update(id(old) for old, new in replaced if describe(old)[::2] != describe(new)[::2])
+            # Cloned, since one buffer's new value may be another's old one.
+            replaced = [(old, new.detach().clone()) for old, new in snapshot.replaced()]
+            misfits.update(
+                id(old) for old, new in replaced if describe(old)[::2] != describe(new)[::2]
+            )
             replaced = [(old, new) for old, new in replaced if id(old) not in misfits]
             self.rebound = [old for old, _ in replaced]
             return [loss.detach(), *(g for _, g in reached), *(new for _, new in replaced)]
@@ -450,7 +597,7 @@ class LossGraph:
         snapshot = Snapshot(surroundings)
         misfits: set[int] = set()  # replaced by a tensor of another shape or type
         try:
-            self.graph, held = trace(run, inputs)
+            self.graph, held, baked = trace(run, inputs)
         finally:
             snapshot.restore()
         known = {id(tensor) for tensor in held}
@@ -462,8 +609,9 @@ class LossGraph:
         for tensor in self.held:
             home = surroundings.homes.get(id(tensor))
             if home is not None and (home.get() is not tensor or id(tensor) in misfits):
-                raise CannotCapture(f"{home.name} was replaced while the program ran")
+                raise CannotCaptureError(f"{home.name} was replaced while the program ran")
         self.homes = [surroundings.homes.get(id(tensor)) for tensor in self.held]
+        self.baked = [(surroundings.homes.get(id(x)), x, x._version) for x in baked]
 
     def _add_input(self, position: int) -> None:
         """Let the graph have one more input, which it does not use."""
@@ -514,19 +662,29 @@ def compile_graph(
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int | None:
-    """Return the position of the first tensor that is not the same up to rounding, or None."""
-    for index, (x, y) in enumerate(zip(found, expected, strict=True)):
+    """Return the position of the first tensor that is not the same up to rounding, or None.
+
+    Sums in another order differ by a few thousand roundings of a tensor's largest entry; one whose
+    terms cancel, by as many of what is large in the others.
+    """
+    pairs = [(x.detach(), y.detach()) for x, y in zip(found, expected, strict=True)]
+    sizes = [_size(y) for _, y in pairs]
+    for index, ((x, y), size) in enumerate(zip(pairs, sizes, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype:
             return index
         if not x.is_floating_point():
             if not torch.equal(x, y):
                 return index
             continue
-        # Sums in another order: a few thousand roundings of the largest entry.
         tolerance = torch.finfo(x.dtype).eps ** 0.5
-        scale = y.abs().nan_to_num(posinf=0.0).max() if y.numel() else y.sum()
-        if not torch.allclose(x, y, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True):
+        atol = tolerance * max(size, tolerance * max(sizes))
+        if not torch.allclose(x, y, rtol=tolerance, atol=atol, equal_nan=True):
             return index
     return None
 
 
+def _size(x: Tensor) -> float:
+    """Return the largest finite entry, without its sign."""
+    if not x.is_floating_point() or not x.numel():
+        return 0.0
+    return float(x.abs().nan_to_num(nan=0.0, posinf=0.0).max())

@@ -36,8 +36,8 @@ class SVI(pyro.infer.SVI):
     run, a gradient has a score-function term) runs as plain Pyro, with one warning that says why.
     Without a C++ compiler the graph runs operation by operation, with a warning.
 
-    Random numbers are torch's, in the same order as in a plain run. A step whose loss or gradient is
-    not finite raises, where Pyro goes on with what is left, and changes nothing.
+    Random numbers are torch's, in the same order as in a plain run. A step whose loss or gradient
+    is not finite raises, where Pyro goes on with what is left, and changes nothing.
 
     Tensors that only a closure holds are looked up when the program is captured: change those in
     place. What a run leaves in attributes that are neither tensors nor buffers is left once.
@@ -178,8 +178,8 @@ def compile(elbo_module: ELBOModule, *, max_captures: int = MAX_CAPTURES) -> Com
     """
     if not isinstance(elbo_module, ELBOModule):
         raise ValueError(
-            f"compile takes elbo(model, guide), found {type(elbo_module).__name__}; for steps of an "
-            "optimiser see pyro_vae.SVI"
+            f"compile takes elbo(model, guide), found {type(elbo_module).__name__}; for steps of "
+            "an optimiser see pyro_vae.SVI"
         )
     return CompiledELBOModule(
         elbo_module.model, elbo_module.guide, elbo_module.elbo, max_captures=max_captures

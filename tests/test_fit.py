@@ -12,11 +12,11 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 from torch.distributions import constraints
 
+from pyro_vae.fit import NonFiniteError, constant, cosine, fit, has_learned_density, linear
 from pyro_vae.guides import AutoFlow, AutoImplicit
 from pyro_vae.losses import AVB_ELBO
 from pyro_vae.models import gauss
 from pyro_vae.ratios import AdaptiveContrast, DensityRatio, ImplicitDistribution
-from pyro_vae.fit import NonFiniteError, constant, cosine, fit, has_learned_density, linear
 
 pytestmark = pytest.mark.usefixtures("param_store")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae import NonFiniteError, fit
 from pyro_vae.divergences import MMD, Stein
+from pyro_vae.fit import constant, cosine
 from pyro_vae.guides import Gaussian, Implicit
 from pyro_vae.guides.amortized import Amortized
 from pyro_vae.losses import (
@@ -25,7 +26,6 @@ from pyro_vae.losses import (
     TermsELBO,
 )
 from pyro_vae.nn import MLP, TwoTowerDiscriminator
-from pyro_vae.fit import constant, cosine
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("param_store")]
 
