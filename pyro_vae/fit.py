@@ -40,8 +40,8 @@ Schedule = Callable[[float], float]
 # other, and momentum lags.
 ADVERSARIAL_BETAS = (0.5, 0.999)
 
-# A compiler takes some five seconds, as many as 2000 uncompiled steps of a small guide.
-COMPILE_FROM = 2000
+# A compiler takes five to twenty seconds, a minute for a flow: as long as thousands of steps.
+COMPILE_FROM = 5000
 
 # Steps from one look at the losses to the next, on a GPU from one synchronisation to the next.
 CHUNK = 50
@@ -173,8 +173,8 @@ def fit(
             the loss's own state, random number generators. If it is there at the start, training
             goes on from it as if it had not been interrupted.
         checkpoint_every: How often it is written, in steps; it is also at the end.
-        compile: Whether to compile the steps; by default for 2000 steps or more, since a compiler
-            takes seconds.
+        compile: Whether to compile the steps; by default for 5000 steps or more, since a compiler
+            takes five to twenty seconds, and a minute for a flow.
         callback: Called as ``callback(step, loss)`` before the first step, after every
             ``callback_every`` steps and after the last, with averaged parameters in place.
         callback_every: How often, in steps.
