@@ -120,8 +120,9 @@ def r_hat_of_split(x: NDArray[np.float64]) -> float:
     """Return R̂ of chains that have been split and ranked already."""
     if 2 * x.shape[1] < MIN_DRAWS or not np.isfinite(x).all():
         return float("nan")
-    with np.errstate(divide="ignore", invalid="ignore"):  # chains that never move: infinite
-        return float(arviz().rhat(x, method="identity"))
+    if (x == x[:, :1]).all():  # where arviz divides by zero, its numba code to NaN
+        return float("nan") if (x == x[0, 0]).all() else float("inf")
+    return float(arviz().rhat(x, method="identity"))
 
 
 def ess_of_split(x: NDArray[Any]) -> float:
