@@ -228,6 +228,7 @@ class Player:
         self.compiled: dict[Any, Callable[..., Sequence[Tensor]]] = {}
         self.arguments = Arguments(model)
         self.surroundings: Surroundings | None = None
+        self._handlers: list[Any] = []
         self._count = torch.zeros((), dtype=torch.float64, device="cpu")
         self._healthy = torch.ones((), dtype=torch.bool, device="cpu")
         self._rates: tuple[list[float], Tensor] = ([], torch.zeros(0, device="cpu"))
@@ -403,8 +404,6 @@ class Player:
         """Return the program for these arguments and the tensors among them."""
         if not self.compile or self.reason is not None:
             return None, []
-        if _PYRO_STACK:  # handlers around the call, which may be others at the next
-            return None, []
         try:
             kind, inputs = self.arguments.kind(args, kwargs)
         except CannotCaptureError as error:
@@ -463,10 +462,14 @@ class Player:
         """Return what the course of a run may depend on besides tensors and arguments."""
         seen = () if self.surroundings is None else self.surroundings.fingerprint()
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        return torch.get_default_dtype(), autocast, seen
+        # Handlers around the call are part of the course; they are kept, so that ids are theirs.
+        handlers = tuple(map(id, _PYRO_STACK))
+        return torch.get_default_dtype(), autocast, handlers, seen
 
     def _look_around(self, args: tuple, kwargs: dict) -> Surroundings:
-        self.surroundings = Surroundings(self.model, self.guide, self.loss, args, kwargs)
+        handlers = list(_PYRO_STACK)
+        self._handlers += handlers
+        self.surroundings = Surroundings(self.model, self.guide, self.loss, args, kwargs, handlers)
         return self.surroundings
 
     def _capture(self, mode: str, args: tuple, kwargs: dict) -> tuple[Program, tuple]:
