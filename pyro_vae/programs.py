@@ -110,7 +110,7 @@ class Surroundings:
 
     Example:
         >>> decoder = nn.Linear(2, 3)
-        >>> surroundings = Surroundings(lambda: decoder)
+        >>> surroundings = Surroundings(decoder)
         >>> surroundings.homes[id(decoder.weight)].name
         'weight of Linear'
     """
