@@ -1,7 +1,7 @@
 # `make help` lists the targets. Each one makes the .venv it needs, once.
 
 PYTHON ?= python3
-BENCHMARKS ?= tests/benchmarks/eight_schools.py tests/benchmarks/hmc.py
+BENCHMARKS ?= tests/benchmarks/eight_schools.py tests/benchmarks/hmc.py tests/benchmarks/svi.py
 PYTEST_ARGS ?=
 
 VENV := .venv
