@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pyro_vae.guides as guides
 import pyro_vae.losses as losses
-from pyro_vae import fit
+from pyro_vae import SVI, fit
 from pyro_vae.divergences import MMD, Adversarial, Stein
 from pyro_vae.guides import AutoFlow, AutoImplicit, Flow, Gaussian, Implicit
 from pyro_vae.guides.amortized import Amortized
@@ -151,6 +151,31 @@ def test_pair_trains_on_digits(guide: str, loss: str) -> None:
     # by many standard errors of the two means, as far as noise from step to step goes
     error = ((first.var() + last.var()) / 10).sqrt()
     assert first.mean() - last.mean() > 3 * error
+
+
+@pytest.mark.parametrize(("guide", "loss"), PAIRS)
+def test_pair_steps_as_a_program_as_in_plain_pyro(
+    guide: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The captured steps, run operation by operation, and plain ones from one seed."""
+    if loss in AT_THE_MEAN and guide in WITHOUT_MEAN:
+        pytest.skip(f"{guide} has no mean in closed form, which {loss} expands about")
+    monkeypatch.setattr("pyro_vae.player.compile_graph", lambda graph, inputs: (graph, False))
+    curves = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        q, elbo, decoder = GUIDES[guide](), LOSSES[loss](), MLP(LATENT, 64, (64,))
+        adam = partial(torch.optim.Adam, lr=2e-3)
+        losses_of = [elbo.adversary] if "Implicit" in guide or elbo.needs_adversary else []
+        players = [
+            SVI(partial(model, decoder), q, adam, of, compile=compile) for of in (*losses_of, elbo)
+        ]
+        torch.manual_seed(1)
+        curves.append([player.step(digits()) for _ in range(3) for player in players])
+        assert all(player._player.reason is None for player in players)
+        assert all(bool(player._player.programs) == compile for player in players)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3, abs=1e-3)
 
 
 # --- one posterior: Pyro's automatic guides, and ours --------------------------------------------
