@@ -39,8 +39,8 @@ class SVI(pyro.infer.SVI):
     Random numbers are torch's, in the same order as in a plain run. A step whose loss or gradient
     is not finite raises, where Pyro goes on with what is left, and changes nothing.
 
-    Tensors that only a closure holds are looked up when the program is captured: change those in
-    place. What a run leaves in attributes that are neither tensors nor buffers is left once.
+    What nothing above names (a tensor that only an object of another library holds, a number in a
+    list) is as it was when the program was captured.
 
     Args:
         model: A Pyro model.
