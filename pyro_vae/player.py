@@ -21,6 +21,7 @@ from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 from .arguments import Arguments
@@ -659,8 +660,10 @@ class Player:
     def _compiled(self, run: Callable, example: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
         """Compile a program; take an earlier one if it is the same."""
         random = _RandomState()
-        with torch.no_grad():
-            traced = trace(run, [_copy(x) for x in example])
+        # No operation runs, and no intermediate result takes memory: the loss was traced before.
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.no_grad(), fake:
+            traced = trace(run, [fake.from_tensor(x) for x in example])
         random.restore()
         inputs = [*traced.held, *example]
         key = traced.graph.code, *map(describe, inputs)

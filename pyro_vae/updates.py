@@ -7,6 +7,7 @@ that the optimiser itself would have: one may take over from the other at any st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,6 +52,21 @@ def _like(value: Any, param: Tensor) -> Tensor:
     return torch.as_tensor(value, device=param.device).to(param.dtype)
 
 
+def _debiased(step: Tensor, group: Group, lr: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Adam's lr / (1 − β₁ᵗ) and √(1 − β₂ᵗ), in the parameter's type.
+
+    Written so that inductor computes them once: it puts a number that it thinks cheap, a power too,
+    into the loop over a parameter's entries, where the powers took longer than all the rest. An
+    exponential with two readers, here both numbers, it keeps.
+    """
+    step = step.double()
+    first, second = (
+        1 - (step * (math.log(beta) if beta else -math.inf)).exp() for beta in group["betas"]
+    )
+    numbers = torch.stack((_like(lr / first, param), _like(second.sqrt(), param)))
+    return numbers[0], numbers[1]
+
+
 def _init_adam(param: Tensor, group: Group) -> State:
     state = {"step": _count(param), "exp_avg": _zeros(param), "exp_avg_sq": _zeros(param)}
     if group["amsgrad"]:
@@ -81,10 +97,8 @@ def _adam(
     second = new["exp_avg_sq"]
     if group["amsgrad"]:
         second = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], second)
-    step = new["step"].double()
-    step_size = _like(lr / (1 - beta1**step), param)
-    correction = _like((1 - beta2**step).rsqrt(), param)
-    return param - step_size * new["exp_avg"] / (second.sqrt() * correction + eps), new
+    step_size, correction = _debiased(new["step"], group, lr, param)
+    return param - step_size * new["exp_avg"] / (second.sqrt() / correction + eps), new
 
 
 def _init_sgd(param: Tensor, group: Group) -> State:
@@ -158,9 +172,8 @@ def _clipped_adam(
         "exp_avg": exp_avg,
         "exp_avg_sq": beta2 * state["exp_avg_sq"] + (1 - beta2) * spread * spread,
     }
-    step = new["step"].double()
-    step_size = _like(lr * (1 - beta2**step).sqrt() / (1 - beta1**step), param)
-    return param - step_size * exp_avg / (new["exp_avg_sq"].sqrt() + group["eps"]), new
+    step_size, correction = _debiased(new["step"], group, lr, param)
+    return param - step_size * correction * exp_avg / (new["exp_avg_sq"].sqrt() + group["eps"]), new
 
 
 #: By the optimiser's exact class: a subclass may do something else.
