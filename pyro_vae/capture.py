@@ -9,7 +9,7 @@ such a density or its gradient, into one graph and compiles it.
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .dataflow import changed_inputs, constants, dtype_of, evaluate, hold, index_by_numbers
 from .graphs import share_matrices
 from .unconstrained import LatentSite, UnconstrainedModel, _no_validation, _no_vmap_warning
 
@@ -153,51 +154,6 @@ def _lift(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     return fx.GraphModule(graph, lifted), constants
 
 
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _mutated(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments that an operation changes in place."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    changed: list[fx.Node] = []
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.kwargs.get(argument.name)
-            if index < len(node.args):
-                value = node.args[index]
-            changed += [x for x in tree_leaves(value) if isinstance(x, fx.Node)]
-    return changed
-
-
-def _evaluate(
-    module: fx.GraphModule, constant: Iterable[fx.Node], wanted: set[fx.Node]
-) -> dict[fx.Node, Tensor]:
-    """Return the values of some of the constant nodes, holding others no longer than needed."""
-    needed = set(wanted)
-    pending = list(wanted)
-    while pending:
-        new = [x for x in pending.pop().all_input_nodes if x not in needed]
-        needed.update(new)
-        pending += new
-    order = [node for node in constant if node in needed]
-    last = {x: node for node in order for x in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
-    for node in order:
-        if node.op == "get_attr":
-            values[node] = getattr(module, str(node.target))
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            with torch.no_grad():
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        for x in node.all_input_nodes:
-            if last[x] is node and x not in wanted:
-                del values[x]
-    return values
-
-
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
@@ -208,56 +164,33 @@ def _fold_constants(module: fx.GraphModule) -> None:
     an index by a constant mask becomes one by numbers.
     """
     graph = module.graph
-    # What is changed in place is no constant, and what it is a view of neither.
-    changing: set[fx.Node] = set()
-    pending = [x for node in graph.nodes for x in _mutated(node)]
-    while pending:
-        node = pending.pop()
-        if node not in changing:
-            changing.add(node)
-            pending += node.all_input_nodes
-    constant: dict[fx.Node, Any] = {}  # as a set, in order
-    for node in graph.nodes:
-        if node in changing or not all(x in constant for x in node.all_input_nodes):
-            continue
-        if node.op == "get_attr":
-            constant[node] = getattr(module, node.target)
-        elif node.op == "call_function" and not _is_random(node) and not _mutated(node):
-            constant[node] = node.meta.get("val")
+    constant = constants(module)
+
+    def size(node: fx.Node) -> int:
+        value = getattr(module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+        return value.numel() if isinstance(value, Tensor) else 0
 
     def pays(node: fx.Node) -> bool:
         """Whether to read it from memory: not zeros and the like, nor what outgrows its parts."""
-        parts = [constant[x] for x in node.all_input_nodes]
-        if node.op != "call_function" or not parts or not isinstance(constant[node], Tensor):
+        parts = node.all_input_nodes
+        if node.op != "call_function" or not parts:
             return False
-        largest = max(x.numel() if isinstance(x, Tensor) else 0 for x in parts)
+        if not isinstance(node.meta.get("val"), Tensor):
+            return False
         needed = not all(user in constant for user in node.users)
-        return needed and constant[node].numel() <= max(largest, 1024)
+        return needed and size(node) <= max(*map(size, parts), 1024)
 
     folded = [node for node in constant if pays(node)]
-    indexing = [
+    indexing: list[Any] = [
         node for node in graph.nodes if getattr(node.target, "overloadpacket", None) in _INDEXING
     ]
     indices = {x for node in indexing for x in node.args[1] if x in constant}
-    masks = [x for x in indices if constant[x] is not None and constant[x].dtype is torch.bool]
-    values = _evaluate(module, constant, {*folded, *masks})
-
-    def hold(value: Tensor, before: fx.Node) -> fx.Node:
-        name = f"_folded_{sum(1 for _ in module.named_buffers())}"
-        module.register_buffer(name, value)
-        with graph.inserting_before(before):
-            return graph.get_attr(name)
-
+    masks = {x for x in indices if dtype_of(module, x) is torch.bool}
+    values = evaluate(module, constant, {*folded, *masks})
     for node in indexing:
-        numbers: list[Any] = []
-        for index in node.args[1]:
-            if index in masks:
-                numbers += [hold(x, node) for x in values[index].nonzero(as_tuple=True)]
-            else:
-                numbers.append(index)
-        node.update_arg(1, numbers)
+        index_by_numbers(module, node, {mask: values[mask] for mask in masks})
     for node in folded:
-        node.replace_all_uses_with(hold(values[node], node))
+        node.replace_all_uses_with(hold(module, values[node], node))
     graph.eliminate_dead_code()
     module.recompile()
 
@@ -468,7 +401,10 @@ def _inductor(
         programs.append(compile_fx_inner(*args, **kwargs))
         return programs[-1]
 
-    before, after = [[_copy(x) for x in inputs] for _ in range(2)]
+    changing = changed_inputs(graph)
+    before, after = (
+        [_copy(x) if i in changing else x.detach() for i, x in enumerate(inputs)] for _ in range(2)
+    )
     wrapped = cast(
         Callable[..., Sequence[Tensor]],
         compile_fx(graph, list(before), inner_compile=remember, config_patches=options),

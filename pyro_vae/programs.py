@@ -27,9 +27,10 @@ from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
-from .capture import _compile, _copy, _evaluate, _is_random, _lift, _mutated
+from .capture import _compile, _copy, _lift
+from .dataflow import constants, dtype_of, evaluate, hold, index_by_numbers
 from .unconstrained import _no_validation, _no_vmap_warning, _RowByRow
 
 __all__ = [
@@ -38,7 +39,6 @@ __all__ = [
     "LossGraph",
     "Snapshot",
     "Surroundings",
-    "changed_inputs",
     "compile_graph",
     "describe",
     "difference",
@@ -370,120 +370,41 @@ def _has_shape_of_values(module: fx.GraphModule, node: fx.Node) -> bool:
     if not _is_indexing(node):
         return True
     indices: Any = node.args[1]
-    return any(_dtype(module, index) in (torch.bool, torch.uint8) for index in indices)
+    return any(dtype_of(module, index) in (torch.bool, torch.uint8) for index in indices)
 
 
 def _settle_shapes(module: fx.GraphModule) -> list[Tensor]:
     """Compute now what shapes depend on, where it is a function of constants; return these.
 
-    A constant is a tensor without a gradient that the program only reads. Whoever runs the graph
-    has to look whether it is still the same.
+    Whoever runs the graph has to look whether they are still the same.
     """
-    graph = module.graph
-    changing = _changing(graph)
-    constant: dict[fx.Node, None] = {}  # as a set, in order
-    for node in graph.nodes:
-        if node in changing or not all(x in constant for x in node.all_input_nodes):
-            continue
-        if node.op == "get_attr":
-            value = getattr(module, str(node.target))
-            if isinstance(value, Tensor) and not value.requires_grad:
-                constant[node] = None
-        elif node.op == "call_function" and not _is_random(node) and not _written(node):
-            constant[node] = None
-    shaping = [node for node in graph.nodes if _has_shape_of_values(module, node)]
+    constant = constants(module, lambda tensor: not tensor.requires_grad)
+    shaping = [node for node in module.graph.nodes if _has_shape_of_values(module, node)]
     whole = [node for node in shaping if node in constant]
     indexing: list[Any] = [n for n in shaping if n not in constant and _is_indexing(n)]
-    masks = [
-        x
-        for node in indexing
-        for x in node.args[1]
-        if x in constant and _dtype(module, x) is torch.bool
-    ]
-    wanted = {*whole, *masks}
-    if not wanted:
+    indices = {x for node in indexing for x in node.args[1] if x in constant}
+    masks = {x for x in indices if dtype_of(module, x) is torch.bool}
+    if not (whole or masks):
         return []
-    values = _evaluate(module, constant, wanted)
-
-    def hold(value: Tensor, before: fx.Node) -> fx.Node:
-        name = f"_settled_{sum(1 for _ in module.named_buffers())}"
-        module.register_buffer(name, value)
-        with graph.inserting_before(before):
-            return graph.get_attr(name)
-
+    values = evaluate(module, constant, {*whole, *masks})
     for node in indexing:
-        numbers: list[Any] = []
-        for index in node.args[1]:
-            if index in masks:
-                numbers += [hold(x, node) for x in values[index].nonzero(as_tuple=True)]
-            else:
-                numbers.append(index)
-        node.update_arg(1, numbers)
+        index_by_numbers(module, node, {mask: values[mask] for mask in masks})
     for node in whole:
-        node.replace_all_uses_with(hold(values[node], node))
+        node.replace_all_uses_with(hold(module, values[node], node))
     sources: set[fx.Node] = set()
-    pending = list(wanted)
+    pending = [*whole, *masks]
     while pending:
         node = pending.pop()
         if node not in sources:
             sources.add(node)
             pending += node.all_input_nodes
-    graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code()
     module.recompile()
     return [getattr(module, str(node.target)) for node in sources if node.op == "get_attr"]
 
 
 def _is_indexing(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) is _aten.index
-
-
-def _changing(graph: fx.Graph) -> set[fx.Node]:
-    """Return what an operation may change in place, and what that may be a view of."""
-    changing: set[fx.Node] = set()
-    pending = [x for node in graph.nodes for x in _written(node)]
-    while pending:
-        node = pending.pop()
-        if node not in changing:
-            changing.add(node)
-            pending += _aliased(node)
-    return changing
-
-
-# Operations that change running statistics, which their schemas do not say.
-_BATCH_NORMS = (_aten.native_batch_norm, _aten.cudnn_batch_norm, _aten.miopen_batch_norm)
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments that an operation changes in place."""
-    if getattr(node.target, "overloadpacket", None) in _BATCH_NORMS:
-        return [x for x in node.args[3:5] if isinstance(x, fx.Node)]
-    return _mutated(node)
-
-
-def _aliased(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments that an operation's result may be a view of."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return list(node.all_input_nodes)
-    given = dict(zip((x.name for x in schema.arguments), node.args, strict=False)) | node.kwargs
-    shared = [given.get(x.name) for x in schema.arguments if x.alias_info is not None]
-    return [x for x in tree_leaves(shared) if isinstance(x, fx.Node)]
-
-
-def _dtype(module: fx.GraphModule, node: Any) -> torch.dtype | None:
-    if not isinstance(node, fx.Node):
-        return None
-    if node.op == "get_attr":
-        return getattr(module, str(node.target)).dtype
-    meta = node.meta.get("tensor_meta")
-    return None if meta is None else meta.dtype
-
-
-def changed_inputs(graph: fx.GraphModule) -> set[int]:
-    """Return the positions of the placeholders that a graph may change in place."""
-    changing = _changing(graph.graph)
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    return {index for index, node in enumerate(placeholders) if node in changing}
 
 
 # --- losses --------------------------------------------------------------------------------------
