@@ -7,15 +7,11 @@ state. Otherwise it is Pyro's.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
@@ -23,23 +19,20 @@ from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 from .arguments import Arguments
+from .compiled import Program, RandomState, Update, assemble, compile_checked
 from .dataflow import changed_inputs
-from .optimizers import Entry, Optimizers, slots
+from .optimizers import Optimizers, slots
 from .programs import (
     CannotCaptureError,
     LossGraph,
     Snapshot,
     Surroundings,
-    compile_graph,
-    describe,
     difference,
     differentiable,
     run_on_copies,
-    trace,
 )
 from .terms import NonFiniteError
 from .updates import rule_of
@@ -83,100 +76,6 @@ class _Listen(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         self.params[msg["name"]] = msg["value"]
-
-
-class _RandomState:
-    """torch's random number generators, to be set back."""
-
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)
-
-
-class Program:
-    """A compiled run of a loss for one kind of arguments: its value, gradients or a whole step.
-
-    Attributes:
-        call: From all input tensors, in the order of :meth:`inputs`, to the loss and, where the
-            program does not update the parameters itself, the gradients.
-        params: The parameters with a gradient.
-        entries: The same, with their optimisers; none where nothing is updated.
-    """
-
-    def __init__(
-        self,
-        call: Callable[..., Sequence[Tensor]],
-        loss_graph: LossGraph,
-        entries: list[Entry],
-        states: list[dict[str, Tensor]],
-        own: list[Tensor],
-        store: Any,
-    ) -> None:
-        self.call = call
-        self.params = loss_graph.reached
-        self.entries = entries
-        self.own = own
-        self.held = list(loss_graph.held)
-        # What a user may replace from one step to the next, and where it then is found.
-        self.watched = [
-            (index, home.owner, home.key)
-            for index, home in enumerate(loss_graph.homes)
-            if home is not None
-        ]
-        differentiated = {id(param) for param in loss_graph.params}
-        self.differentiated = {i for i, x in enumerate(self.held) if id(x) in differentiated}
-        self.described = [
-            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in self.held
-        ]
-        self.baked = loss_graph.baked
-        self.store = store
-        self.slots = [
-            (entry.optimizer, entry.param, name, slot)
-            for entry, state in zip(entries, states, strict=True)
-            for name, slot in state.items()
-        ]
-        self.groups = list({id(e.group): e.group for e in entries}.values())
-        self.settings = [dict(group) for group in self.groups]
-        self.decays = [group.get("lrd", 1.0) for group in self.groups]  # of Pyro's ClippedAdam
-
-    def is_current(self) -> bool:
-        """Whether what was captured is what is there now; take in tensors that were replaced."""
-        held = self.held
-        for index, owner, key in self.watched:
-            found = owner.get(key)
-            if found is held[index]:
-                continue
-            if index in self.differentiated or not isinstance(found, Tensor):
-                return False
-            held[index] = found
-        for x, (shape, stride, dtype, device, flag) in zip(held, self.described, strict=True):
-            if x.dtype is not dtype or x.requires_grad is not flag or x.shape != shape:
-                return False
-            if x.device != device or x.stride() != stride:
-                return False
-        for home, x, version in self.baked:
-            if x._version != version or (home is not None and home.get() is not x):
-                return False
-        if pyro.get_param_store()._params is not self.store:  # cleared
-            return False
-        return all(
-            optimizer.state.get(param, {}).get(name) is slot
-            for optimizer, param, name, slot in self.slots
-        )
-
-    def settings_changed(self) -> bool:
-        """Whether something of an optimiser but its rate was changed."""
-        for group, known in zip(self.groups, self.settings, strict=True):
-            if group != known:
-                known["lr"] = group["lr"]
-                if group != known:
-                    return True
-        return False
 
 
 class Player:
@@ -290,7 +189,7 @@ class Player:
 
     def meet(self, args: tuple, kwargs: dict) -> None:
         """Meet the parameters, by a run that leaves everything else as it was."""
-        random = _RandomState()
+        random = RandomState()
         snapshot = Snapshot(self._look_around(args, kwargs))
         with _Listen() as heard:
             self._differentiable()(self.model, self.guide, *args, **kwargs)
@@ -393,7 +292,7 @@ class Player:
         return True
 
     def _error(self, value: float, args: tuple, kwargs: dict) -> Exception:
-        random, snapshot = _RandomState(), Snapshot(self._look_around(args, kwargs))
+        random, snapshot = RandomState(), Snapshot(self._look_around(args, kwargs))
         try:
             return NonFiniteError(describe_nonfinite(value, self.model, self.guide, args, kwargs))
         finally:
@@ -436,7 +335,6 @@ class Player:
         except _UpdatesItselfError:
             self.update_in_program = False
             return None, inputs
-        _give_back_memory()
         self.programs[key] = program
         return program, self.arguments.kind(args, kwargs)[1]
 
@@ -499,76 +397,27 @@ class Player:
         self.optimizers.follow([entry.param for entry in entries])
         if self.average:
             self.params = {param: mean.to(param) for param, mean in self.params.items()}
-        means = [self.params[entry.param] for entry in entries] if self.average else []
-        states = [slots(entry, rule) for entry, rule in zip(entries, rules, strict=True)]
-        own = [self._healthy, self._count, *means, *(x for s in states for x in s.values())]
-        own = own if entries else []
-        groups = list({id(entry.group): None for entry in entries})
+        update = None
+        if entries:
+            update = Update(
+                entries=entries,
+                rules=rules,
+                states=[slots(entry, rule) for entry, rule in zip(entries, rules, strict=True)],
+                healthy=self._healthy,
+                count=self._count,
+                means=[self.params[entry.param] for entry in entries] if self.average else [],
+                average=self.average,
+                clip_norm=self.clip_norm,
+                clip=[self.optimizers.clip(entry.param) for entry in entries],
+            )
         inputs = self.arguments.kind(args, kwargs)[1]
-        rates = torch.zeros(len(groups), dtype=torch.float64, device=self._count.device)
-        sizes = [len(graph.held), len(own), 1 if entries else 0, len(inputs)]
-        changing = changed_inputs(graph.graph)
-
-        def run(*tensors: Tensor) -> list[Tensor]:
-            """Be the whole program: the loss, its state and, for a step, the update."""
-            rest = iter(tensors)
-            held, owned, row, given = ([next(rest) for _ in range(n)] for n in sizes)
-            # A buffer is changed for good after a good step only.
-            private = [x.clone() if i in changing else x for i, x in enumerate(held)]
-            loss, *outputs = graph.graph(*private, *given)
-            grads, rebound = outputs[: len(graph.reached)], outputs[len(graph.reached) :]
-            where = {id(x): i for i, x in enumerate(graph.held)}
-            new = {i: private[i] for i in changing if i < len(held)}
-            new |= {where[id(x)]: value for x, value in zip(graph.rebound, rebound, strict=True)}
-            good = loss.isfinite()
-            if grads:
-                good = good & sum(g.sum() for g in grads).isfinite()
-            if not entries:
-                for i, value in new.items():
-                    held[i].copy_(value if mode == "value" else torch.where(good, value, held[i]))
-                return [loss, *grads]
-            healthy, count = owned[:2]
-            good = good & healthy
-            updates: list[tuple[Tensor, Tensor]] = [(held[i], value) for i, value in new.items()]
-            updates.append((count, count + 1))
-            decay = ((2 + count) / (11 + count)).clamp(max=self.average)
-            later = iter(owned[2 + len(means) :])
-            for i, grad in enumerate(self._clipped(entries, grads)):
-                param, rule = held[where[id(entries[i].param)]], rules[i]
-                state = {name: next(later) for name in states[i]}
-                rate = row[0][groups.index(id(entries[i].group))]
-                value, new_state = rule.update(param, grad, state, entries[i].group, rate)
-                updates.append((param, value))
-                updates += [(state[name], x) for name, x in new_state.items()]
-                if means:
-                    updates.append((owned[2 + i], owned[2 + i].lerp(value, (1 - decay).to(value))))
-            for old, value in updates:
-                old.copy_(torch.where(good, value.to(old.dtype), old))
-            healthy.copy_(good)
-            return [loss]
-
-        example = [*graph.held, *own, *([rates] if entries else []), *inputs]
-        call = self._compiled(run, example)
-        return Program(call, graph, entries, states, own, surroundings.store), key
-
-    def _clipped(self, entries: list[Entry], grads: list[Tensor]) -> list[Tensor]:
-        """Clip gradients as torch's ``clip_grad_norm_`` and ``clip_grad_value_`` do."""
-        if self.clip_norm is not None:
-            norm = torch.stack([grad.norm() for grad in grads]).norm()
-            grads = [g * (self.clip_norm / (norm + 1e-6)).clamp(max=1) for g in grads]
-        clipped = []
-        for entry, grad in zip(entries, grads, strict=True):
-            bounds = self.optimizers.clip(entry.param)
-            if (bound := bounds.get("clip_norm")) is not None:
-                grad = grad * (bound / (grad.norm() + 1e-6)).clamp(max=1)
-            if (bound := bounds.get("clip_value")) is not None:
-                grad = grad.clamp(-bound, bound)
-            clipped.append(grad)
-        return clipped
+        run, example = assemble(graph, update, inputs, changes_state=mode == "value")
+        call = compile_checked(run, example, self.compiled)
+        return Program(call, graph, update, surroundings.store), key
 
     def _check_static(self, args: tuple, kwargs: dict, grads: bool) -> None:
         """Meet all parameters, and compare the sites of a few runs; leave everything as it was."""
-        random = _RandomState()
+        random = RandomState()
         runs: list[list[tuple]] = []
         for probe in range(1 + NUM_PROBES):
             surroundings = self._look_around(args, kwargs)
@@ -583,7 +432,7 @@ class Player:
                 # Parameters made by this run shall not share its random numbers with the first
                 # step.
                 if any(id(param) not in surroundings.homes for param in self.params):
-                    random = _RandomState()
+                    random = RandomState()
             elif self._fingerprint() != before:
                 raise CannotCaptureError(
                     "an attribute of the loss, the model or the guide changes from run to run"
@@ -607,7 +456,7 @@ class Player:
         surroundings: Surroundings,
     ) -> LossGraph:
         """Capture the loss, and compare its graph with a plain run on the same random numbers."""
-        random = _RandomState()
+        random = RandomState()
         snapshot = Snapshot(surroundings)
         if params:
             mine = {param: param.grad for param in self.params}
@@ -658,35 +507,6 @@ class Player:
             if seen or any(home.owner is module._buffers for module in surroundings.modules):
                 raise CannotCaptureError(f"{home.name} does not change as in a plain run")
         return graph
-
-    def _compiled(self, run: Callable, example: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        """Compile a program; take an earlier one if it is the same."""
-        random = _RandomState()
-        # No operation runs, and no intermediate result takes memory: the loss was traced before.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.no_grad(), fake:
-            traced = trace(run, [fake.from_tensor(x) for x in example])
-        random.restore()
-        inputs = [*traced.held, *example]
-        key = traced.graph.code, *map(describe, inputs)
-        if key not in self.compiled:
-            call, compiled = compile_graph(traced.graph, inputs)
-            if compiled:
-                # Inductor's program against the graph's operations, one by one.
-                both, changing = [], changed_inputs(traced.graph)
-                for function in (call, traced.graph):
-                    outputs, after = run_on_copies(function, inputs, changing)
-                    both.append([*outputs, *after])
-                    random.restore()
-                if difference(*both) is not None:
-                    warnings.warn(
-                        "the compiled program does not agree with its own graph, which runs "
-                        "operation by operation instead",
-                        stacklevel=7,
-                    )
-                    call = traced.graph
-            self.compiled[key] = call
-        return partial(self.compiled[key], *traced.held) if traced.held else self.compiled[key]
 
     def _call(self, program: Program, inputs: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
@@ -753,16 +573,6 @@ class _UpdatesItselfError(Exception):
 #: How often the settings of an optimiser, its rate aside, may change before its updates leave the
 #: compiled program.
 MAX_SETTING_CHANGES = 2
-
-
-def _give_back_memory() -> None:
-    """Give what is free back to the system: checks hold copies of the state, compilers much else.
-
-    glibc keeps it, all the more in small pieces; of a VAE with 5 MB of weights it was 40 MB.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def unconstrained(value: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def point(x: Tensor) -> None:
 def _operation_by_operation(request: pytest.FixtureRequest, monkeypatch: Any) -> None:
     """Run graphs uncompiled but in the tests that are marked: a compiler takes seconds a test."""
     if "compiled" not in request.keywords:
-        monkeypatch.setattr("pyro_vae.player.compile_graph", lambda graph, inputs: (graph, False))
+        monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
 
 
 def curve(
@@ -487,7 +487,7 @@ def test_planted_defect_of_the_compiler_is_caught(monkeypatch: Any) -> None:
     def wrong(graph: Any, inputs: list[Tensor]) -> tuple[Callable, bool]:
         return lambda *x: [1.01 * y for y in graph(*x)], True
 
-    monkeypatch.setattr("pyro_vae.player.compile_graph", wrong)
+    monkeypatch.setattr("pyro_vae.compiled.compile_graph", wrong)
     svi = SVI(conjugate, point, adam(), Trace_ELBO())
     with pytest.warns(UserWarning, match="does not agree with its own graph"):
         svi.step(X)

@@ -160,7 +160,7 @@ def test_pair_steps_as_a_program_as_in_plain_pyro(
     """The captured steps, run operation by operation, and plain ones from one seed."""
     if loss in AT_THE_MEAN and guide in WITHOUT_MEAN:
         pytest.skip(f"{guide} has no mean in closed form, which {loss} expands about")
-    monkeypatch.setattr("pyro_vae.player.compile_graph", lambda graph, inputs: (graph, False))
+    monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
     curves = []
     for compile in (False, True):
         pyro.clear_param_store()
