@@ -31,6 +31,7 @@ from pyro_vae.losses import (
 )
 from pyro_vae.models import eight_schools_avb, gauss
 from pyro_vae.nn import MLP
+from pyro_vae.programs import difference
 from pyro_vae.updates import RULES, rule_of
 
 pytestmark = pytest.mark.usefixtures("param_store")
@@ -670,3 +671,13 @@ def test_checkpoint_of_another_training_or_broken(tmp_path: Any) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"found a file that is damaged"):
         run(AutoNormal(conjugate), Trace_ELBO(), X, num_steps=5)
+
+
+def test_rounding_counts_by_the_coarsest_type_that_is_rounded() -> None:
+    """A moving average in double precision of numbers in single: one rounding of these is fine."""
+    single, double = torch.tensor([0.24, 1.0]), torch.tensor(0.24, dtype=torch.float64)
+    counter = torch.tensor(3.0)
+    nearly = [single * (1 + 2**-23), double * (1 + 2**-23), counter]
+    assert difference(nearly, [single, double, counter]) is None
+    assert difference([double * (1 + 2**-23), counter], [double, counter]) == 0
+    assert difference([single, 1.01 * double], [single * (1 + 2**-23), double]) == 1

@@ -57,6 +57,7 @@ import hmc_samplers
 import numpy as np
 import torch
 from hmc_samplers import MOST_DRAWS, SAMPLERS, PyroNUTS, Run, Sampler
+from markdown_tables import row, table
 
 from pyro_vae.models.posteriors import POSTERIORS
 
@@ -115,21 +116,13 @@ def calibrate(ready: Sampler) -> int:
         num_draws = wanted
 
 
-def table(header: list[str], rows: list[list[str]]) -> None:
-    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print(flush=True)
-
-
 def rates(posteriors: list[str], samplers: list[str], rounds: int) -> list[dict[str, Any]]:
     """Measure every sampler on every posterior, in turn; print as they come, return all figures."""
     records: list[dict[str, Any]] = []
     labels = [SAMPLERS[s].label for s in samplers]
     print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
     print("\nEffective draws a second after compilation and warm-up, median; in brackets the range")
-    header = ["posterior", *labels, "ours / best peer", "ours / Pyro NUTS"]
-    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header), flush=True)
+    table(["posterior", *labels, "ours / best peer", "ours / Pyro NUTS"])
     for posterior in posteriors:
         ready = {sampler: SAMPLERS[sampler](posterior) for sampler in samplers}
         draws_each = {sampler: calibrate(ready[sampler]) for sampler in samplers}
@@ -160,21 +153,21 @@ def rates(posteriors: list[str], samplers: list[str], rounds: int) -> list[dict[
         del ready
         peers = [s for s in samplers if s not in ("ours", "pyro")]
         best = max(peers, key=lambda s: statistics.median(found[s]), default=None)
-        row = [posterior]
+        cells = [posterior]
         for sampler in samplers:
             low, mid, high = (
                 min(found[sampler]),
                 statistics.median(found[sampler]),
                 max(found[sampler]),
             )
-            row.append(f"{mid:,.0f} ({low:,.0f} … {high:,.0f})")
+            cells.append(f"{mid:,.0f} ({low:,.0f} … {high:,.0f})")
         for peer in (best, "pyro" if "pyro" in samplers else None):
             if peer is None or "ours" not in samplers:
-                row.append("")
+                cells.append("")
                 continue
             ratios = [a / b for a, b in zip(found["ours"], found[peer], strict=True)]
-            row.append(f"{statistics.median(ratios):.2f}×")
-        print("| " + " | ".join(row) + " |", flush=True)
+            cells.append(f"{statistics.median(ratios):.2f}×")
+        row(*cells)
     details(records)
     return records
 
@@ -201,7 +194,7 @@ def details(records: list[dict[str, Any]]) -> None:
                 f"{max(run['worst_mean_in_sd'] for run in runs):.3f}",
             ]
         )
-    print("How these came about; medians, but R̂ and the error of a mean are the worst found")
+    print("\nHow these came about; medians, but R̂ and the error of a mean are the worst found")
     header = ["posterior", "sampler", "chains × draws", "warm-up, s", "sampling, s", "min ESS"]
     table([*header, "R̂", "error of a mean, sd"], rows)
 
@@ -242,7 +235,7 @@ def cold(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     | {"ess_per_second": rate, "total_seconds": seconds}
                 )
         rows.append([posterior, SAMPLERS[sampler].label, *(f"{x:.1f}" for x in figures)])
-    print(f"Seconds for {EFFECTIVE_DRAWS:,} effective draws, compilation and warm-up counted")
+    print(f"\nSeconds for {EFFECTIVE_DRAWS:,} effective draws, compilation and warm-up counted")
     header = ["posterior", "sampler"]
     for cache in ("caches empty", "caches filled"):
         header += [f"{cache}: compile", "warm-up", "**total**"]
@@ -325,7 +318,7 @@ def cuda(rounds: int) -> list[dict[str, Any]]:
             medians = [statistics.median(values) for values in zip(*found[name], strict=True)]
             figures = [f"{x:,.0f}" for x in medians[:2]] + [f"{medians[2]:.1f}"]
             rows.append([posterior, SAMPLERS[name].label, *figures])
-    print(f"4096 chains on {torch.cuda.get_device_name()}, medians of {rounds} rounds")
+    print(f"\n4096 chains on {torch.cuda.get_device_name()}, medians of {rounds} rounds")
     table(["posterior", "sampler", "draws / s", "effective draws / s", "warm-up, s"], rows)
     return records
 
