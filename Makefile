@@ -6,6 +6,9 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Files of tests run side by side, one a core: with threads of their own besides, torch's operations
+# on ten numbers would wait for one another. PYTEST_ARGS="-n 0" runs all in one process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -19,10 +22,10 @@ demo: $(VENV)/.has-base  ## Run the main job: four guides beside HMC on Eight Sc
 	$(BIN)/pyro-vae compare eight_schools_avb
 
 test: $(VENV)/.has-test  ## Run every test, the slow ones too
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check: $(VENV)/.has-test  ## Run the tests that take seconds
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 bench: $(VENV)/.has-bench  ## Run the benchmarks (BENCHMARKS="path ..." chooses)
 	@set -e; for script in $(BENCHMARKS); do \
