@@ -18,6 +18,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from .distributed import gather
 from .ratios import logistic_loss, show_parameters
 
 __all__ = ["MMD", "Adversarial", "Divergence", "KnnKL", "Stein", "knn_kl"]
@@ -174,7 +175,8 @@ class MMD(Divergence):
     k(0) − E k(z, z') over M, and the same for p over M'.
 
     Both samples enter whole: the statement is about q(z), the aggregate over a minibatch, unlike
-    :class:`pyro.infer.Trace_MMD`, which compares the particles of one data point.
+    :class:`pyro.infer.Trace_MMD`, which compares the particles of one data point. In data parallel
+    training it is that of all processes.
 
     Args:
         kernel: ``"rbf"``, ``"imq"``, or a callable that takes s, of any shape, to positive definite
@@ -220,6 +222,7 @@ class MMD(Divergence):
 
     def forward(self, z: Tensor, prior_draws: Tensor) -> Tensor:
         """Return the estimate of MMD²; the gradient reaches both arguments."""
+        z, prior_draws = gather(z), gather(prior_draws)
         _check(z, prior_draws, at_least=2 if self.unbiased else 1)
         within_q = self._mean_within(self.kernel_matrix(z, z))
         within_p = self._mean_within(self.kernel_matrix(prior_draws, prior_draws))
@@ -307,6 +310,7 @@ class Stein(Divergence):
     def forward(self, z: Tensor, prior_draws: Tensor) -> Tensor:
         """Return the MMD², with the surrogate's gradient; it reaches z alone."""
         value = self.mmd(z, prior_draws).detach()
+        z = gather(z)
         surrogate = -(z * self.direction(z)).sum() / len(z)
         return value + (surrogate - surrogate.detach())
 

@@ -18,6 +18,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal, constraints
 from torch.nn.functional import softplus
 
+from .distributed import gather
+
 __all__ = [
     "AdaptiveContrast",
     "Contrast",
@@ -179,6 +181,7 @@ class AdaptiveContrast(NormalContrast):
     @torch.no_grad()
     def adapt(self, z: Tensor) -> None:
         """Move μ and σ towards the moments of samples z [n, d] of q; n of one says nothing."""
+        z = gather(z)
         if len(z) < 2:
             return
         variance, loc = torch.var_mean(z, 0)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..distributed import average
 from ..terms import Terms
 from .base import TermsELBO
 from .kl_schedule import KLSchedule
@@ -68,7 +69,7 @@ class BetaVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
         beta = self.beta.weight if isinstance(self.beta, KLSchedule) else self.beta
         kl = terms.kl
         if self.free_bits:
-            kl = terms.mean(terms.kl_by_dim).clamp(min=self.free_bits).sum()
+            kl = average(terms.mean(terms.kl_by_dim)).clamp(min=self.free_bits).sum()
         return terms.total(beta * kl - terms.log_likelihood)
 
     def advance(self, terms: Terms) -> None:

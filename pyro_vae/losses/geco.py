@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..constraints import ReconstructionError
+from ..distributed import average
 from ..terms import Terms
 from .base import TermsELBO
 
@@ -152,5 +153,6 @@ class GECO_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
                 )
             c = (c - self.tolerance).reshape(terms.num_particles, terms.num_points)
             c = c.where(unmasked, c.new_zeros(()))
-            share = terms.mean(unmasked.to(c)).clamp(min=torch.finfo(c.dtype).tiny)
-            yield c, (terms.mean(c) / share).detach(), share
+            # Over the joint batch of all processes, so that their multipliers stay the same.
+            share = average(terms.mean(unmasked.to(c))).clamp(min=torch.finfo(c.dtype).tiny)
+            yield c, (average(terms.mean(c.detach())) / share), share
