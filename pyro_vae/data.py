@@ -31,6 +31,8 @@ __all__ = [
     "ppca_2d",
 ]
 
+_PARTS = ("train", "validation", "test")
+
 Kind = Literal["binary", "unit", "real"]
 
 
@@ -100,7 +102,7 @@ class Data:
     @property
     def splits(self) -> dict[str, Split]:
         """The splits by name."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
+        return {part: getattr(self, part) for part in _PARTS}
 
     @property
     def event_shape(self) -> torch.Size:
@@ -122,11 +124,11 @@ class Data:
             device: Where to, or None to leave them there.
             dtype: The examples' type, or None to leave it.
         """
-        moved = {
-            part: Split(x.to(device, dtype), None if y is None else y.to(device))
-            for part, (x, y) in self.splits.items()
-        }
-        return replace(self, **moved)
+        train, validation, test = (
+            Split(x.to(device, dtype), None if y is None else y.to(device))
+            for x, y in self.splits.values()
+        )
+        return replace(self, train=train, validation=validation, test=test)
 
     def __repr__(self) -> str:
         sizes = " + ".join(str(len(split.x)) for split in self.splits.values())
@@ -202,7 +204,7 @@ def load(
 
     Of files of their own:
 
-    * ``binarized_mnist``: 28×28 binary, drawn once by Salakhutdinov and Murray; 50000, 10000, 10000.
+    * ``binarized_mnist``: 28×28 binary, a draw of MNIST; 50000, 10000, 10000.
     * ``omniglot28``: 28×28 grey, of the IWAE paper; 23000, 1345, 8070. Classes: alphabets.
     * ``caltech101_silhouettes``: 28×28 binary, 1 = silhouette; 4100, 2264, 2307.
     * ``freyfaces``: 28×20 grey; 1565, 200, 200.
@@ -278,18 +280,18 @@ def load(
             f"binarize: found {binarize!r} for {name!r}, whose elements are any real numbers; "
             "expected None"
         )
-    num_train = len(found.train)
+    num_train = len(found.splits[0])
     if train_size is not None and not 1 <= train_size <= num_train:
         raise ValueError(
             f"train_size: found {train_size}, expected 1 to {num_train}, the size of the training "
             f"split of {name!r}"
         )
     splits = {}
-    for stream, part in enumerate(("train", "validation", "test")):
-        rows: _Rows = getattr(found, part)
-        order = _shuffled(len(rows), *((seed, stream) if part == "train" else (_SPLIT, stream)))
+    for stream, (part, rows) in enumerate(zip(_PARTS, found.splits, strict=True)):
         if part == "train":
-            order = order[:train_size]
+            order = _shuffled(len(rows), seed)[:train_size]
+        else:
+            order = _shuffled(len(rows), _SPLIT, stream)
         x, y = rows.take(order)
         if binarize == "threshold":
             x = (x > 0.5).to(x.dtype)
@@ -423,9 +425,7 @@ class _Request(NamedTuple):
 
 
 class _Found(NamedTuple):
-    train: _Rows
-    validation: _Rows
-    test: _Rows
+    splits: Sequence[_Rows]  # to train, validate, test
     kind: Kind
     source: str
 
@@ -613,7 +613,7 @@ def _digits(request: _Request) -> _Found:
 
     pixels, labels = load_digits(return_X_y=True)
     rows = _Arrays(pixels.astype(np.float32).reshape(-1, 1, 8, 8), labels, 16)
-    return _Found(*_cut_shuffled(rows, 1200, 297, 300), "unit", "scikit-learn's digits")
+    return _Found(_cut_shuffled(rows, 1200, 297, 300), "unit", "scikit-learn's digits")
 
 
 _IDX = [
@@ -650,7 +650,7 @@ def _mnist(request: _Request, name: str = "mnist", folder: str = "MNIST") -> _Fo
         splits.append(_Arrays(x[:, None], _labels(labels_path, y, x), 255))
     held_out = len(splits[0]) // 6
     train, validation = _cut(splits[0], len(splits[0]) - held_out, held_out)
-    return _Found(train, validation, splits[1], "unit", _describe(files, f"{folder}/raw"))
+    return _Found([train, validation, splits[1]], "unit", _describe(files, f"{folder}/raw"))
 
 
 def _fashion_mnist(request: _Request) -> _Found:
@@ -661,9 +661,9 @@ def _color_mnist(request: _Request) -> _Found:
     grey = _mnist(request)
     splits = [
         _Coloured(rows, torch.rand(len(rows), 3, generator=_generator(request.seed, stream, 2)))
-        for stream, rows in enumerate(grey[:3])
+        for stream, rows in enumerate(grey.splits)
     ]
-    return _Found(*splits, "unit", f"made up from {grey.source}")
+    return _Found(splits, "unit", f"made up from {grey.source}")
 
 
 def _cifar10(request: _Request) -> _Found:
@@ -677,7 +677,7 @@ def _cifar10(request: _Request) -> _Found:
     held_out = len(rows) // 10
     train_rows, validation = _cut(rows, len(rows) - held_out, held_out)
     source = f"{where.name}: the published CIFAR-10, by torchvision's checksums"
-    return _Found(train_rows, validation, test_rows, "unit", source)
+    return _Found([train_rows, validation, test_rows], "unit", source)
 
 
 def _celeba(request: _Request) -> _Found:
@@ -695,7 +695,7 @@ def _celeba(request: _Request) -> _Found:
 
     splits = [_Images(dataset, decode, None, 255) for dataset in datasets]
     source = f"{where.name}: CelebA, its lists by torchvision's checksums, its images unchecked"
-    return _Found(*splits, "unit", source)
+    return _Found(splits, "unit", source)
 
 
 def _omniglot(request: _Request) -> _Found:
@@ -712,7 +712,7 @@ def _omniglot(request: _Request) -> _Found:
     held_out = round(len(rows) * 1280 / 19280)
     train, validation = _cut_shuffled(rows, len(rows) - held_out, held_out)
     source = f"{where.name}: the published OMNIGLOT, its archives by torchvision's checksums"
-    return _Found(train, validation, test, "binary", source)
+    return _Found([train, validation, test], "binary", source)
 
 
 _AMAT = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
@@ -731,7 +731,7 @@ def _binarized_mnist(request: _Request) -> _Found:
     else:
         how = f"Put {', '.join(names)} there, from {_AMAT}."
         raise _missing(request, places, "binarized_mnist.npz or .amat files", how)
-    return _Found(*map(_Arrays, splits), "binary", _describe(files))
+    return _Found([_Arrays(x) for x in splits], "binary", _describe(files))
 
 
 def _omniglot28(request: _Request) -> _Found:
@@ -764,7 +764,7 @@ def _omniglot28(request: _Request) -> _Found:
         how = "Put chardata.mat there, from datasets/OMNIGLOT of github.com/yburda/iwae."
         raise _missing(request, places, "chardata.mat or omniglot28_resized.npz", how)
     train, validation = _cut_shuffled(splits[0], len(splits[0]) - held_out, held_out)
-    return _Found(train, validation, splits[1], "unit", _describe(files))
+    return _Found([train, validation, splits[1]], "unit", _describe(files))
 
 
 def _alphabets(path: Path, raw: bytes) -> np.ndarray:
@@ -803,7 +803,7 @@ def _caltech101_silhouettes(request: _Request) -> _Found:
     else:
         how = f"Put {published} there, from https://people.cs.umass.edu/~marlin/data/."
         raise _missing(request, places, f"{published} or {stand_in}", how)
-    return _Found(*splits, "binary", _describe(files))
+    return _Found(splits, "binary", _describe(files))
 
 
 def _freyfaces(request: _Request) -> _Found:
@@ -829,7 +829,7 @@ def _freyfaces(request: _Request) -> _Found:
     rows = _Arrays(x.reshape(-1, 1, 28, 20), None, 255)
     held_out = round(len(rows) * 200 / 1965)
     splits = _cut_shuffled(rows, len(rows) - 2 * held_out, held_out, held_out)
-    return _Found(*splits, "unit", _describe(files))
+    return _Found(splits, "unit", _describe(files))
 
 
 # --- Made-up sets --------------------------------------------------------------------------------
@@ -839,7 +839,7 @@ def _repeated(points: np.ndarray, kind: Kind) -> _Found:
     """Repeat a few points, each as often as the others, to 512 in each split."""
     y = np.arange(512) % len(points)
     rows = _Arrays(points[y].astype(np.float32), y)
-    return _Found(rows, rows, rows, kind, "made up")
+    return _Found([rows] * 3, kind, "made up")
 
 
 def _two_points(request: _Request) -> _Found:
@@ -916,7 +916,7 @@ def ppca_2d(num: int = 4000, nonlinearity: str = "identity", *, seed: int = 0) -
 def _ppca_2d(request: _Request) -> _Found:
     nonlinearity = request.name.removeprefix("ppca_2d").removeprefix("_") or "identity"
     x = ppca_2d(6000, nonlinearity, seed=request.seed).x
-    return _Found(*_cut(_Arrays(x.numpy()), 4000, 1000, 1000), "real", "made up")
+    return _Found(_cut(_Arrays(x.numpy()), 4000, 1000, 1000), "real", "made up")
 
 
 # --- torchvision ---------------------------------------------------------------------------------
