@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,45 @@ from torch import Tensor, nn
 
 from .player import Player, Surroundings
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "replacing"]
 
 FORMAT = 1
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hand out a place beside a file to write to; what is written there then takes its place.
+
+    A full disk or an interruption leaves the file as it was.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: If it cannot be written, with the file's name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = Path(directory) / "file.txt"
+        ...     with replacing(path) as partial_path:
+        ...         _ = partial_path.write_text("whole")
+        ...     path.read_text()
+        'whole'
+    """
+    partial_path = path.with_name(path.name + ".part")
+    try:
+        yield partial_path
+        with partial_path.open("rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the name of a file without content
+        os.replace(partial_path, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError of a full disk
+        raise OSError(
+            f"{str(path)!r} could not be written, and is as it was before: {error}"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial_path.unlink(missing_ok=True)
 
 
 class Checkpoint:
@@ -56,12 +93,8 @@ class Checkpoint:
             "random": torch.get_rng_state(),
             "random_cuda": (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
         }
-        partial_path = self.path.with_name(self.path.name + ".part")
-        try:
+        with replacing(self.path) as partial_path:
             torch.save(state, partial_path)
-            os.replace(partial_path, self.path)
-        finally:
-            partial_path.unlink(missing_ok=True)
 
     def load(self, args: tuple, kwargs: dict, record: Any) -> dict[str, Any]:
         """Read the state, put it into players, loss and record, and return what else was saved.
