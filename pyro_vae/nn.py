@@ -1,17 +1,26 @@
-"""Networks: samplers that turn noise into latents, and discriminators; a cap on their weights."""
+"""Networks: encoders, decoders, samplers that turn noise into latents, discriminators."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import leaky_relu, pad
 from torch.nn.utils import parametrize
 
 __all__ = [
     "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "GRAEDecoder",
+    "GRAEEncoder",
     "JointDiscriminator",
+    "MLPDecoder",
+    "MLPEncoder",
     "NoiseBasis",
     "ResidualDiscriminator",
     "TwoTowerDiscriminator",
@@ -46,6 +55,337 @@ class MLP(nn.Sequential):
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), activation()]
         super().__init__(*layers, nn.Linear(widths[-1], out_dim))
+
+
+class MLPEncoder(nn.Sequential):
+    r"""Flatten each x, then apply an :class:`MLP`.
+
+    Args:
+        event_shape: Shape of one x.
+        out_dim: Number h of features.
+        hidden_dims: Widths of the hidden layers.
+        activation: Class of the activation.
+
+    Shapes:
+        x [N, \*event_shape] → [N, h].
+
+    Example:
+        >>> MLPEncoder((1, 8, 8), 32)(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 32])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        out_dim: int,
+        hidden_dims: tuple[int, ...] = (128, 128),
+        activation: type[nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__(nn.Flatten(1), MLP(prod(event_shape), out_dim, hidden_dims, activation))
+
+
+class MLPDecoder(nn.Sequential):
+    r"""Apply an :class:`MLP`, then give its output a shape.
+
+    Args:
+        latent_dim: d.
+        out_shape: Shape of what an observation takes, (num_params · C, H, W) or (num_params · D,).
+        hidden_dims: Widths of the hidden layers.
+        activation: Class of the activation.
+
+    Shapes:
+        z [\*, d] → [\*, \*out_shape].
+
+    Example:
+        >>> MLPDecoder(4, (1, 8, 8))(torch.randn(3, 5, 4)).shape
+        torch.Size([3, 5, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        out_shape: Sequence[int],
+        hidden_dims: tuple[int, ...] = (128, 128),
+        activation: type[nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__(
+            MLP(latent_dim, prod(out_shape), hidden_dims, activation),
+            nn.Unflatten(-1, tuple(out_shape)),
+        )
+
+
+def _halved(shape: Sequence[int], times: int, name: str) -> tuple[int, int]:
+    """Return height and width after so many halvings, which must come out even."""
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"{name} must be (C, H, W), found {tuple(shape)}")
+    _, height, width = shape
+    if height % 2**times or width % 2**times:
+        raise ValueError(
+            f"{name}: height and width must be divisible by {2**times}, as {times} layers halve "
+            f"them: found {height} × {width}; hidden_dims= sets the number of layers"
+        )
+    return height // 2**times, width // 2**times
+
+
+class _Rows(nn.Module):
+    """A decoder that maps rows z [M, d], brought to any batch shape."""
+
+    def _decode(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the decoder's output, in the batch shape of z."""
+        out = self._decode(z.reshape(-1, z.shape[-1]))
+        return out.reshape(*z.shape[:-1], *out.shape[1:])
+
+
+class ConvEncoder(nn.Sequential):
+    r"""Convolutional encoder in the style of DCGAN's discriminator.
+
+    Each layer halves the image: 4×4 convolutions of stride 2, batch normalisation (but for the
+    first layer), leaky ReLU; a linear layer at the end.
+
+    Args:
+        event_shape: (C, H, W); H and W divisible by 2 to the number of layers.
+        out_dim: Number h of features.
+        hidden_dims: Channels of the layers. Two suit 28×28, three or four 32×32 and 64×64.
+        batch_norm: Whether to normalise. In training mode the features of a data point then depend
+            on the others of its minibatch.
+
+    Shapes:
+        x [N, C, H, W] → [N, h].
+
+    Raises:
+        ValueError: For a shape that is no image's, or cannot be halved as often.
+
+    References:
+        | Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
+        | Networks (Radford, Metz, Chintala, 2016), section 3
+        | https://arxiv.org/abs/1511.06434
+        | InfoVAE (Zhao, Song, Ermon, 2017), appendix C: its encoder
+        | https://arxiv.org/abs/1706.02262
+
+    Example:
+        >>> ConvEncoder((3, 32, 32), 64, (32, 64, 128))(torch.rand(5, 3, 32, 32)).shape
+        torch.Size([5, 64])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        out_dim: int,
+        hidden_dims: tuple[int, ...] = (64, 128),
+        *,
+        batch_norm: bool = True,
+    ) -> None:
+        height, width = _halved(event_shape, len(hidden_dims), "event_shape")
+        channels = (event_shape[0], *hidden_dims)
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise(channels)):
+            normed = batch_norm and i > 0  # what a bias does there is undone
+            layers.append(nn.Conv2d(a, b, kernel_size=4, stride=2, padding=1, bias=not normed))
+            layers += [nn.BatchNorm2d(b)] if normed else []
+            layers.append(nn.LeakyReLU(0.2))
+        super().__init__(*layers, nn.Flatten(1), nn.Linear(channels[-1] * height * width, out_dim))
+
+
+class ConvDecoder(_Rows):
+    r"""Convolutional decoder in the style of DCGAN's generator.
+
+    A linear layer makes a small image, each further layer doubles it: batch normalisation, ReLU, a
+    4×4 transposed convolution of stride 2.
+
+    Args:
+        latent_dim: d.
+        out_shape: (num_params · C, H, W), what an observation takes; H and W divisible by 2 to the
+            number of layers.
+        hidden_dims: Channels that the layers take in, the small image's first.
+        batch_norm: Whether to normalise. In training mode p(x|z) of a data point then depends on
+            the latents of the others; what needs it point by point (HMC, AIS) wants ``eval()``.
+
+    Shapes:
+        z [\*, d] → [\*, num_params · C, H, W].
+
+    Raises:
+        ValueError: For a shape that is no image's, or cannot be halved as often.
+
+    References:
+        | Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
+        | Networks (Radford, Metz, Chintala, 2016), section 3
+        | https://arxiv.org/abs/1511.06434
+
+    Example:
+        >>> ConvDecoder(8, (1, 28, 28))(torch.randn(3, 5, 8)).shape
+        torch.Size([3, 5, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        out_shape: Sequence[int],
+        hidden_dims: tuple[int, ...] = (128, 64),
+        *,
+        batch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        height, width = _halved(out_shape, len(hidden_dims), "out_shape")
+        channels = (*hidden_dims, out_shape[0])
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, channels[0] * height * width),
+            nn.Unflatten(1, (channels[0], height, width)),
+        ]
+        for i, (a, b) in enumerate(pairwise(channels), 1):
+            bias = not batch_norm or i == len(hidden_dims)
+            layers += [nn.BatchNorm2d(a)] if batch_norm else []
+            layers += [nn.ReLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=bias)]
+        self.layers = nn.Sequential(*layers)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+class _SameConv2d(nn.Conv2d):
+    """Convolution whose output is the input's size over the stride, rounded up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        margins: list[int] = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            margins += [total // 2, total - total // 2]
+        return super().forward(pad(x, margins))
+
+
+class _SameConvTranspose2d(nn.ConvTranspose2d):
+    """Transposed convolution whose output is the input's size times the stride."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        total = self.kernel_size[0] - self.stride[0]
+        first, height, width = total // 2, *(size * self.stride[0] for size in x.shape[2:])
+        out = super().forward(x, output_size)
+        return out[..., first : first + height, first : first + width]
+
+
+#: (channels, kernel size, stride) of each layer.
+_GRAE: dict[str, dict] = {
+    "mnist": {
+        "shape": (1, 28, 28),
+        "kernel": 4,
+        "encoder": ((64, 1), (128, 2), (256, 2), (512, 2), (512, 1)),
+        "start": (256, 7, 7),
+        "decoder": ((512, 1), (256, 1), (128, 2), (64, 2)),
+    },
+    "celeba": {
+        "shape": (3, 64, 64),
+        "kernel": 5,
+        "encoder": ((128, 1), (256, 2), (512, 2), (1024, 2), (1024, 2)),
+        "start": (512, 8, 8),
+        "decoder": ((1024, 1), (512, 2), (256, 2), (128, 2)),
+    },
+}
+
+
+def _grae(name: str) -> dict:
+    if name not in _GRAE:
+        raise ValueError(f"name must be one of {sorted(_GRAE)}, found {name!r}")
+    return _GRAE[name]
+
+
+class GRAEEncoder(nn.Sequential):
+    r"""Convolutional encoder of the GRAE paper, up to where its images are flat.
+
+    The fully connected layer that follows there is the guide's own, which wants to be told
+    ``num_features=encoder.out_features``. Convolutions keep the size, or halve it, rounded up;
+    each is followed by batch normalisation and ELU.
+
+    Args:
+        name: ``"mnist"``, for [1, 28, 28], or ``"celeba"``, for [3, 64, 64].
+
+    Attributes:
+        out_features: Number h of features, 8192 or 16384.
+
+    Shapes:
+        x [N, C, H, W] → [N, h].
+
+    Raises:
+        ValueError: For another name.
+
+    References:
+        | On Implicit Regularization in β-VAEs (Kumar, Poole, 2020), appendix D
+        | https://arxiv.org/abs/2002.00041
+
+    Example:
+        >>> from pyro_vae.guides import Gaussian
+        >>> encoder = GRAEEncoder("mnist")
+        >>> guide = Gaussian(encoder, latent_dim=12, num_features=encoder.out_features)
+    """
+
+    def __init__(self, name: Literal["mnist", "celeba"]) -> None:
+        net = _grae(name)
+        channels, height, width = net["shape"]
+        layers: list[nn.Module] = []
+        for filters, stride in net["encoder"]:
+            layers += [
+                _SameConv2d(channels, filters, net["kernel"], stride, bias=False),
+                nn.BatchNorm2d(filters),
+                nn.ELU(),
+            ]
+            channels, height, width = filters, -(-height // stride), -(-width // stride)
+        super().__init__(*layers, nn.Flatten(1))
+        self.out_features = channels * height * width
+
+
+class GRAEDecoder(_Rows):
+    r"""Convolutional decoder of the GRAE paper, without the sigmoid at its end.
+
+    That is the observation's: a Bernoulli takes logits. Before a Gaussian of [0, 1] put it back,
+    ``nn.Sequential(GRAEDecoder(…), nn.Sigmoid())``. For CelebA the paper prints a start from
+    16×16, which its three doublings would take to 128×128: here it is 8×8.
+
+    Args:
+        latent_dim: d.
+        name: ``"mnist"``, for [1, 28, 28], or ``"celeba"``, for [3, 64, 64].
+        num_params: Numbers per element of x that the observation takes.
+
+    Shapes:
+        z [\*, d] → [\*, num_params · C, H, W].
+
+    Raises:
+        ValueError: For another name.
+
+    References:
+        | On Implicit Regularization in β-VAEs (Kumar, Poole, 2020), appendix D
+        | https://arxiv.org/abs/2002.00041
+
+    Example:
+        >>> GRAEDecoder(12, "mnist")(torch.randn(5, 12)).shape
+        torch.Size([5, 1, 28, 28])
+    """
+
+    def __init__(
+        self, latent_dim: int, name: Literal["mnist", "celeba"], num_params: int = 1
+    ) -> None:
+        super().__init__()
+        net = _grae(name)
+        start = net["start"]
+        channels, last = start[0], len(net["decoder"]) - 1
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, prod(start)),
+            nn.Unflatten(1, start),
+            nn.BatchNorm2d(channels),
+            nn.ELU(),
+        ]
+        for i, (filters, stride) in enumerate(net["decoder"]):
+            layers.append(
+                _SameConvTranspose2d(channels, filters, net["kernel"], stride, bias=i == last)
+            )
+            layers += [nn.BatchNorm2d(filters)] if i < last else []
+            layers.append(nn.ELU())
+            channels = filters
+        out_channels = num_params * net["shape"][0]
+        self.layers = nn.Sequential(*layers, _SameConv2d(channels, out_channels, net["kernel"], 1))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.layers(z)
 
 
 def _zero(layer: nn.Module) -> None:
