@@ -1,0 +1,720 @@
+"""Trained runs: what they are made of, where they lie, and how they are opened.
+
+A run is a directory. ``config.yaml`` says what was trained on what, in plain numbers and words;
+``best.safetensors`` holds weights. Both are data: opening a run that a stranger made runs no code
+of theirs. Classes are named, and looked up in the registry here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from . import constraints, divergences, losses, models
+from .checkpoint import replacing
+from .data import Data, load
+from .guides import Flow, Gaussian, Implicit
+from .losses import TermsELBO
+from .models import VAE
+from .nn import (
+    ConvDecoder,
+    ConvEncoder,
+    JointDiscriminator,
+    MLPDecoder,
+    MLPEncoder,
+    ResidualDiscriminator,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "GuideConfig",
+    "LossConfig",
+    "ModelConfig",
+    "Run",
+    "TrainingConfig",
+    "build",
+    "open_run",
+    "read_config",
+]
+
+#: Names of the files in a run's directory.
+CONFIG, BEST, LAST, LOG = "config.yaml", "best.safetensors", "last.ckpt", "log.csv"
+
+#: What a loss's options may name, besides numbers and words. Nothing else is ever looked up.
+REGISTRY: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        *(getattr(losses, name) for name in losses.__all__ if name != "TermsELBO"),
+        divergences.MMD,
+        divergences.Stein,
+        divergences.Adversarial,
+        constraints.ReconstructionError,
+        constraints.PatchCrossCorrelation,
+        ResidualDiscriminator,
+    )
+}
+
+LOSSES = [name for name, cls in REGISTRY.items() if issubclass(cls, TermsELBO)]
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """The generative model: a decoder, an observation, a standard normal prior.
+
+    Args:
+        architecture: "mlp"; "conv", DCGAN's, for images; "pixelcnn", autoregressive, for images.
+        latent_dim: Dimension of z.
+        hidden_dims: Widths of the hidden layers of an MLP, from z on; the guide's are the reverse.
+        hidden_channels: Channels of convolutions, from the image on; each layer halves its sides.
+        observation: "bernoulli", "gaussian", "continuous_bernoulli" or "discretized_logistic"; by
+            default Bernoulli for binary data and Gaussian for all other.
+        scale: Scale of a Gaussian or a discretised logistic: a number, "learned" or "pixel".
+        levels: Grey levels of a discretised logistic.
+        event_shape: Shape of one example; that of the data by default.
+    """
+
+    architecture: Literal["mlp", "conv", "pixelcnn"] = "mlp"
+    latent_dim: int = 8
+    hidden_dims: list[int] = field(default_factory=lambda: [256, 256])
+    hidden_channels: list[int] = field(default_factory=lambda: [32, 64])
+    observation: (
+        Literal["bernoulli", "gaussian", "continuous_bernoulli", "discretized_logistic"] | None
+    ) = None
+    scale: float | Literal["learned", "pixel"] = "learned"
+    levels: int = 256
+    event_shape: list[int] | None = None
+
+
+@dataclass
+class GuideConfig:
+    """The inference network: an encoder like the decoder, and a distribution.
+
+    Args:
+        kind: "gaussian", "flow" or "implicit".
+        covariance: A Gaussian's: "diagonal" or "full".
+        transforms: Number of a flow's couplings.
+        noise: Where noise enters an implicit guide: "features", "input" or "basis".
+        contrast: What an implicit guide's density is learned against: "adaptive" or "prior".
+        hidden_dims: Widths of an MLP encoder; by default those of the decoder, in reverse.
+    """
+
+    kind: Literal["gaussian", "flow", "implicit"] = "gaussian"
+    covariance: Literal["diagonal", "full"] = "diagonal"
+    transforms: int = 4
+    noise: Literal["features", "input", "basis"] = "features"
+    contrast: Literal["adaptive", "prior"] = "adaptive"
+    hidden_dims: list[int] | None = None
+
+
+@dataclass
+class LossConfig:
+    """The loss, and its options.
+
+    Args:
+        name: One of pyro_vae.losses.
+        options: Its arguments. One that is an object is its class's name, or a mapping with the
+            name and its arguments, such as {name: Stein, kernel: imq}.
+    """
+
+    name: str = "BetaVAE_ELBO"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """The data.
+
+    Args:
+        name: One of pyro_vae.data.NAMES.
+        root: Directory of the files.
+        train_size: How many examples to train on; all by default.
+        binarize: "threshold", "sample" (once) or "dynamic" (anew for each batch).
+        download: Whether to download what is not there.
+        seed: Of subsets and of binarising once.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    train_size: int | None = None
+    binarize: Literal["threshold", "sample", "dynamic"] | None = None
+    download: bool = False
+    seed: int = 0
+
+
+@dataclass
+class TrainingConfig:
+    """How to train.
+
+    Args:
+        num_epochs: Times that all data are seen, at most.
+        batch_size: Examples of a step, in each process.
+        lr: Adam's learning rate at the start.
+        final_lr: The learning rate at the end, reached by exponential decay, as for the
+            amortised inference regularisation paper; ``lr`` by default: no decay.
+        clip_norm: Bound on the norm of all gradients together.
+        adversary_lr: Learning rate of a discriminator, where there is one.
+        num_adversary_steps: Its steps for each of the guide's.
+        patience: Validations without improvement after which to stop; by default never.
+        monitor: What is to improve: "iwae", the importance-weighted bound, or "loss"; by default
+            the first where the guide's density is exact.
+        num_particles: Particles of the importance-weighted bound on the validation split.
+        validate_every: Epochs from one validation to the next.
+        picture_every: Epochs from one set of pictures to the next, 0 for none.
+        checkpoint_seconds: Time from one checkpoint to the next; 0 for one at each step.
+        precision: "32-true", "64-true" or "bf16-mixed".
+        compile: Whether to compile the steps; by default for 5000 steps or more, in one process.
+        devices: Processes on this node, each with a device of its own.
+        num_nodes: Nodes.
+        seed: Of weights, order and noise.
+    """
+
+    num_epochs: int = 150
+    batch_size: int = 128
+    lr: float = 1e-3
+    final_lr: float | None = None
+    clip_norm: float | None = None
+    adversary_lr: float = 1e-3
+    num_adversary_steps: int = 1
+    patience: int | None = None
+    monitor: Literal["iwae", "loss"] | None = None
+    num_particles: int = 10
+    validate_every: int = 5
+    picture_every: int = 50
+    checkpoint_seconds: float = 30.0
+    precision: Literal["32-true", "64-true", "bf16-mixed"] = "32-true"
+    compile: bool | None = None
+    devices: int = 1
+    num_nodes: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_epochs",
+            "batch_size",
+            "num_adversary_steps",
+            "num_particles",
+            "validate_every",
+            "devices",
+            "num_nodes",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("lr", "final_lr", "clip_norm", "adversary_lr", "patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"training.{name} must be positive, found {value}")
+        for name in ("picture_every", "checkpoint_seconds", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"training.{name} must not be negative, found {getattr(self, name)}"
+                )
+        if self.compile and self.devices * self.num_nodes > 1:
+            raise ValueError(
+                "training.compile is for one process, found True with "
+                f"{self.devices * self.num_nodes} processes"
+            )
+
+
+@dataclass
+class Config:
+    """All that a run is made of.
+
+    Args:
+        model: The generative model.
+        guide: The inference network.
+        loss: The loss.
+        data: The data.
+        training: How to train.
+
+    Example:
+        >>> config = Config(loss=LossConfig("InfoVAE_ELBO", {"alpha": 0.0, "lambda_": 100.0}))
+        >>> config.model.latent_dim
+        8
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def from_dict(cls, tree: Any) -> Config:
+        """Make one of nested mappings, as a YAML file holds them; what is left out is default.
+
+        Raises:
+            ValueError: For an unknown key, with the nearest known one, or a value of another type.
+        """
+        check_keys(tree, cls)
+        import jsonargparse
+
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "config")
+        try:
+            parsed = parser.parse_object({"config": tree}).as_dict()["config"]
+        except (jsonargparse.ArgumentError, TypeError) as error:
+            raise ValueError(_one_line(error)) from error
+        sections = {f.name: f.default_factory for f in fields(cls)}
+        return cls(**{name: sections[name](**values) for name, values in parsed.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested mappings of plain values."""
+        return asdict(self)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace('Parser key "config.', 'config key "').split())
+
+
+def check_keys(tree: Any, kind: type, path: str = "") -> None:
+    """Raise a ValueError for an unknown key of a configuration, with the nearest known one.
+
+    Args:
+        tree: Nested mappings.
+        kind: The dataclass that they stand for.
+        path: Where in the configuration they are.
+    """
+    if not isinstance(tree, Mapping):
+        where = f"config key {path!r}" if path else "the config"
+        raise ValueError(f"{where}: expected a mapping, found {type(tree).__name__}")
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for key, value in tree.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise unknown_key(full, [f"{path}.{k}" if path else k for k in known])
+        section = known[key].default_factory
+        if is_dataclass(section):
+            check_keys(value, section, full)  # type: ignore[arg-type]
+
+
+def unknown_key(key: str, known: Iterable[str], what: str = "config key") -> ValueError:
+    """Return the error for a key that is none, which names the nearest."""
+    known = list(known)
+    nearest = get_close_matches(key, known, n=1, cutoff=0.0)
+    return ValueError(f"{what} {key!r} is unknown: did you mean {nearest[0]!r}?")
+
+
+def read_config(path: Path) -> Config:
+    """Read a configuration from a YAML file, in which no tag makes an object.
+
+    Raises:
+        ValueError: If the file is not there, or is no configuration.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{str(path)!r} is not there: expected the directory of a run, which `pyro-vae train "
+            "--out DIRECTORY` makes"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{str(path)!r} is no configuration: {_one_line(error)}") from error
+    try:
+        return Config.from_dict({} if tree is None else tree)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write a configuration as YAML."""
+    with replacing(path) as partial_path:
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+        partial_path.write_text(text, encoding="utf-8")
+
+
+# --- from configurations to objects ---------------------------------------------------------------
+
+
+def load_data(config: DataConfig) -> Data:
+    """Load the data of a configuration; ``binarize="dynamic"`` leaves them grey."""
+    once = config.binarize if config.binarize != "dynamic" else None
+    data = load(
+        config.name,
+        root=config.root,
+        train_size=config.train_size,
+        binarize=once,
+        seed=config.seed,
+        download=config.download,
+    )
+    if config.binarize == "dynamic" and data.kind != "unit":
+        raise ValueError(
+            f"data.binarize 'dynamic' draws black and white from grey: found {data.kind!r} data"
+        )
+    return data
+
+
+def settle(config: Config, data: Data) -> Config:
+    """Return a configuration with what it leaves to the data: the event's shape, the observation.
+
+    Example:
+        >>> config = settle(Config(), load_data(DataConfig("digits")))
+        >>> config.model.event_shape, config.model.observation
+        ([1, 8, 8], 'gaussian')
+    """
+    binary = data.kind == "binary" or config.data.binarize == "dynamic"
+    model = replace(
+        config.model,
+        event_shape=config.model.event_shape or list(data.event_shape),
+        observation=config.model.observation or ("bernoulli" if binary else "gaussian"),
+    )
+    return replace(config, model=model)
+
+
+def build(config: Config) -> tuple[VAE, nn.Module, TermsELBO]:
+    """Make model, guide and loss, with fresh weights.
+
+    Args:
+        config: What to make, by :func:`settle` complete.
+
+    Raises:
+        ValueError: For an architecture that does not fit the event's shape, and unknown names.
+
+    Example:
+        >>> config = Config(ModelConfig(event_shape=[1, 8, 8]), GuideConfig("flow"))
+        >>> model, guide, loss = build(config)
+        >>> model.sample(3).shape
+        torch.Size([3, 1, 8, 8])
+    """
+    if not config.model.event_shape:
+        raise ValueError("model.event_shape must be given, found none")
+    event_shape = tuple(config.model.event_shape)
+    observation = _observation(config.model)
+    decoder, encoder = _networks(config, event_shape, observation.num_params)
+    model = VAE(decoder, observation, config.model.latent_dim, event_shape)
+    guide = _guide(config, encoder, event_shape)
+    return model, guide, build_loss(config)
+
+
+def _observation(config: ModelConfig) -> models.Observation:
+    if config.observation == "bernoulli":
+        return models.Bernoulli()
+    if config.observation == "continuous_bernoulli":
+        return models.ContinuousBernoulli()
+    if config.observation == "discretized_logistic":
+        return models.DiscretizedLogistic(config.levels, config.scale)
+    return models.Gaussian(config.scale)
+
+
+def _networks(
+    config: Config, event_shape: tuple[int, ...], num_params: int
+) -> tuple[nn.Module, nn.Module]:
+    """Return decoder and encoder."""
+    settings, d = config.model, config.model.latent_dim
+    out_shape = (num_params * event_shape[0], *event_shape[1:])
+    if settings.architecture == "mlp":
+        widths = tuple(settings.hidden_dims)
+        *inner, last = tuple(config.guide.hidden_dims or reversed(widths)) or (d,)
+        return MLPDecoder(d, out_shape, widths), MLPEncoder(event_shape, last, tuple(inner))
+    if len(event_shape) != 3:
+        raise ValueError(
+            f"model.architecture {settings.architecture!r} is for images [C, H, W]: found examples "
+            f"of shape {list(event_shape)}; expected 'mlp'"
+        )
+    channels = tuple(settings.hidden_channels)
+    encoder = ConvEncoder(event_shape, 256, channels, batch_norm=False)
+    return ConvDecoder(d, out_shape, channels[::-1], batch_norm=False), encoder
+
+
+def _guide(config: Config, encoder: nn.Module, event_shape: tuple[int, ...]) -> nn.Module:
+    settings, d = config.guide, config.model.latent_dim
+    if settings.kind == "gaussian":
+        return Gaussian(encoder, d, covariance=settings.covariance)
+    if settings.kind == "flow":
+        return Flow(encoder, d, transforms=settings.transforms)
+    x_dim = int(torch.Size(event_shape).numel())
+    discriminator = JointDiscriminator(x_dim, d, (256, 256))
+    return Implicit(
+        encoder,
+        d,
+        noise=settings.noise,
+        contrast=settings.contrast,
+        discriminator=discriminator,
+    )
+
+
+def build_loss(config: Config) -> TermsELBO:
+    """Make the loss.
+
+    Raises:
+        ValueError: For a name that is no loss's, an unknown option, and values out of range.
+    """
+    name = config.loss.name
+    if name not in LOSSES:
+        raise unknown_key(name, LOSSES, "loss")
+    options = dict(config.loss.options)
+    return _make({"name": name, **options}, "loss", config.model.latent_dim)
+
+
+def _make(value: Any, path: str, latent_dim: int) -> Any:
+    """Make what an option says: an object of the registry, or a plain value."""
+    if isinstance(value, str) and value in REGISTRY:
+        value = {"name": value}
+    if isinstance(value, Mapping):
+        name = value.get("name")
+        if not isinstance(name, str) or name not in REGISTRY:
+            raise unknown_key(str(name), REGISTRY, f"{path}.name")
+        cls = REGISTRY[name]
+        known = _parameters(cls)
+        arguments = {}
+        for key, option in value.items():
+            if key == "name":
+                continue
+            if key not in known:
+                raise unknown_key(f"{path}.{key}", [f"{path}.{k}" for k in known], f"{name} option")
+            arguments[key] = _make(option, f"{path}.{key}", latent_dim)
+        if cls is ResidualDiscriminator:
+            arguments.setdefault("latent_dim", latent_dim)
+        if cls is divergences.Adversarial:
+            arguments.setdefault("discriminator", ResidualDiscriminator(latent_dim))
+        try:
+            return cls(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} {name}: {_one_line(error)}") from error
+    if isinstance(value, (list, tuple)):
+        return [_make(item, path, latent_dim) for item in value]
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML takes 1e-3 for a word
+    return value
+
+
+def _parameters(cls: type) -> list[str]:
+    """Return the names of a class's arguments, those passed on to its bases as well."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        found = inspect.signature(base).parameters.values()
+        named = [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names += [name for name in named if name not in names]
+        if not any(p.kind is p.VAR_KEYWORD for p in found):
+            break
+    return names
+
+
+def check_data(model: VAE, data: Data) -> None:
+    """Raise a ValueError if the data do not fit the model, before the first step."""
+    for name, split in data.splits.items():
+        if tuple(split.x.shape[1:]) != tuple(model.event_shape):
+            raise ValueError(
+                f"the {name} split of {data.name!r}: found examples of shape "
+                f"{list(split.x.shape[1:])}, the model is one of {list(model.event_shape)}"
+            )
+        try:
+            model.observation.check(split.x)
+        except ValueError as error:
+            raise ValueError(f"the {name} split of {data.name!r}: {error}") from error
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def weights_of(model: nn.Module, guide: nn.Module, loss: Any) -> dict[str, Tensor]:
+    """Return the state of all three by name, as a run's files hold it."""
+    parts = {"model": model, "guide": guide, "loss": loss}
+    return {
+        f"{part}.{name}": value
+        for part, module in parts.items()
+        if isinstance(module, nn.Module)
+        for name, value in module.state_dict().items()
+    }
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights as safetensors."""
+    from safetensors.torch import save
+
+    content = save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
+    with replacing(path) as partial_path:
+        partial_path.write_bytes(content)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read weights from safetensors.
+
+    Raises:
+        ValueError: If the file is not there, cut short or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{str(path)!r} is not there: was the run trained?") from error
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} is cut short or damaged: {_one_line(error)}") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, in which nothing but tensors and plain values is allowed.
+
+    Raises:
+        ValueError: If the file is not there, cut short, damaged or holds anything else.
+    """
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} is not there: there is nothing to resume from")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch have many of their own
+        reason = _one_line(error).partition(". ")[0]
+        raise ValueError(
+            f"checkpoint {str(path)!r} is cut short, damaged or no checkpoint: {reason}"
+        ) from error
+
+
+def check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raise a ValueError for the first tensor in which a file and an architecture differ."""
+    for name, value in expected.items():
+        if name not in found:
+            raise ValueError(
+                f"{str(path)!r} is of another architecture: found no {name!r}, expected one of "
+                f"shape {list(value.shape)}"
+            )
+        if found[name].shape != value.shape:
+            raise ValueError(
+                f"{str(path)!r} is of another architecture: found {name!r} of shape "
+                f"{list(found[name].shape)}, expected {list(value.shape)}"
+            )
+    for name in found:
+        if name not in expected:
+            raise ValueError(
+                f"{str(path)!r} is of another architecture: found {name!r} of shape "
+                f"{list(found[name].shape)}, expected none of that name"
+            )
+
+
+def load_weights(
+    model: nn.Module, guide: nn.Module, loss: Any, weights: Mapping[str, Tensor], path: Path
+) -> None:
+    """Put weights into all three.
+
+    Raises:
+        ValueError: If they are of another architecture, with the first mismatch.
+    """
+    check_same(weights, weights_of(model, guide, loss), path)
+    for part, module in {"model": model, "guide": guide, "loss": loss}.items():
+        if isinstance(module, nn.Module):
+            own = {k[len(part) + 1 :]: v for k, v in weights.items() if k.startswith(part + ".")}
+            module.load_state_dict(own)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+class Run:
+    """A trained run.
+
+    Attributes:
+        path: Its directory.
+        config: What it was made of.
+        model: The generative model, a :class:`~pyro_vae.models.VAE`.
+        guide: The inference network.
+        loss: The loss, with its multipliers and schedules as they were.
+    """
+
+    def __init__(
+        self, path: Path, config: Config, model: VAE, guide: nn.Module, loss: TermsELBO
+    ) -> None:
+        self.path, self.config = path, config
+        self.model, self.guide, self.loss = model, guide, loss
+
+    def data(self) -> Data:
+        """Return the data that it was trained on; dynamic binarisation is drawn once."""
+        return self._data
+
+    @cached_property
+    def _data(self) -> Data:
+        config = self.config.data
+        if config.binarize != "dynamic":
+            return load_data(config)
+        return load(
+            config.name,
+            root=config.root,
+            train_size=config.train_size,
+            binarize="sample",
+            seed=config.seed,
+        )
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Run({str(self.path)!r}: {c.model.architecture} × {c.guide.kind} × {c.loss.name} "
+            f"on {c.data.name})"
+        )
+
+
+def open_run(path: str | Path, weights: Literal["best", "last"] = "best") -> Run:
+    """Open a trained run; nothing in its files is run.
+
+    The configuration is read as plain values, its names are looked up among this library's own
+    classes, and weights are read as tensors alone.
+
+    Args:
+        path: Directory of the run.
+        weights: Those of the best validation, or of the last checkpoint.
+
+    Raises:
+        ValueError: If it is no run, or one of its files is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     open_run(directory)
+        Traceback (most recent call last):
+        ValueError: ... is not there: expected the directory of a run...
+    """
+    if weights not in ("best", "last"):
+        raise ValueError(f"weights must be 'best' or 'last', found {weights!r}")
+    path = Path(path)
+    config = read_config(path / CONFIG)
+    file = path / (BEST if weights == "best" else LAST)
+    found = read_weights(file) if weights == "best" else read_checkpoint(file)["state_dict"]
+    with torch.random.fork_rng(devices=[]):  # the weights that are drawn make room for these
+        model, guide, loss = build(config)
+    load_weights(model, guide, loss, found, file)
+    for module in (model, guide, loss):
+        module.eval()
+    return Run(path, config, model, guide, loss)
+
+
+# --- where to run, where to write -----------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """Return a device, or raise a ValueError if it cannot be used."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: cannot use {name!r}: {reason}") from error
+    return device
+
+
+def check_writable(directory: Path) -> None:
+    """Make a directory; raise a ValueError, before the work, if it cannot be written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"out: cannot write to {str(directory)!r}: {error.strerror}; "
+            "expected a directory that can be made and written to"
+        ) from error
