@@ -129,9 +129,9 @@ class PixelCNN(nn.Module):
             for i in range(num_layers)
         )
         self.output = nn.Sequential(
-            nn.ReLU(),
+            nn.ELU(),
             _MaskedConv2d(hidden_dim, hidden_dim, 1, channels),
-            nn.ReLU(),
+            nn.ELU(),
             _MaskedConv2d(hidden_dim, num_params * channels, 1, channels),
         )
 
