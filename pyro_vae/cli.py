@@ -5,19 +5,37 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
 import torch
+import yaml
 
 from . import models
 from .compare import GUIDES
 from .compare import compare as _compare
+from .runs import (
+    CONFIG,
+    Config,
+    DataConfig,
+    GuideConfig,
+    LossConfig,
+    ModelConfig,
+    TrainingConfig,
+    check_keys,
+    check_writable,
+    find_device,
+    open_run,
+    unknown_key,
+)
 
-__all__ = ["compare", "main"]
+__all__ = ["compare", "evaluate", "main", "sample", "train", "traverse"]
+
+RUN = Path("out/run")
+DEFAULTS = Config()
 
 
 def compare(
@@ -54,7 +72,7 @@ def compare(
     """
     function = _find_model(model)
     out = Path("out") / model.rpartition(":")[-1] if out is None else out
-    _check_writable(out)
+    check_writable(out)
     result = _compare(
         function,
         [name.strip() for name in guides.split(",") if name.strip()],
@@ -64,12 +82,114 @@ def compare(
         num_samples=num_samples,
         allow_failed_checks=allow_failed_checks,
         seed=seed,
-        **_data(function, _find_device(device), getattr(torch, dtype)),
+        **_data(function, find_device(device), getattr(torch, dtype)),
     )
     print(result)
     result.save(out)
     print(f"written to {out}", file=sys.stderr)
     return 1 if result.errors else 0
+
+
+def train(
+    out: Path = RUN,
+    model: ModelConfig = DEFAULTS.model,
+    guide: GuideConfig = DEFAULTS.guide,
+    loss: LossConfig = DEFAULTS.loss,
+    data: DataConfig = DEFAULTS.data,
+    training: TrainingConfig = DEFAULTS.training,
+    resume: bool = False,
+    device: str = "cpu",
+) -> int:
+    """Train any model × guide × loss on a data set, in a directory of its own.
+
+    --model conv, --guide flow, --loss InfoVAE_ELBO and --data mnist choose; their options follow,
+    as in --loss InfoVAE_ELBO --loss.lambda_ 100 --loss.divergence Stein. The directory's
+    config.yaml repeats the run: --config RUN/config.yaml.
+
+    Args:
+        out: Directory of the run.
+        model: The generative model; --model NAME is its architecture.
+        guide: The inference network; --guide NAME is its kind.
+        loss: The loss, one of pyro_vae.losses by --loss NAME; its arguments are its options.
+        data: The data; --data NAME is their name.
+        training: How to train.
+        resume: Go on with the run that is there, as if it had not been interrupted.
+        device: Where to run, such as cpu or cuda.
+    """
+    from .train import train as _train
+
+    config = Config(model, guide, loss, data, training)
+    found = _train(config, out, resume=resume, device=device, progress=sys.stderr.isatty())
+    print(f"trained {found}", file=sys.stderr)
+    return 0
+
+
+def evaluate(run: Path = RUN, device: str = "cpu", seed: int = 0) -> int:
+    """Judge a trained run: writes metrics.json, report.md and pictures into its directory.
+
+    Args:
+        run: Directory of the run.
+        device: Where to run, such as cpu or cuda.
+        seed: Seed of everything random.
+    """
+    from .report import report
+
+    place = find_device(device)
+    found = open_run(run)
+    check_writable(run)
+    model, guide = found.model.to(place), found.guide.to(place)
+    report(model, guide, found.data().to(place), run, seed=seed)
+    print((run / "report.md").read_text(encoding="utf-8"))
+    print(f"written to {run}", file=sys.stderr)
+    return 0
+
+
+def sample(run: Path = RUN, num: int = 64, seed: int = 0, out: Path | None = None) -> int:
+    """Draw from a trained run's model: writes samples.png and samples.npz.
+
+    Args:
+        run: Directory of the run.
+        num: How many.
+        seed: Seed of everything random.
+        out: Directory to write to; the run's by default.
+    """
+    from .pictures import save_samples
+
+    out = out or run
+    found = open_run(run)
+    check_writable(out)
+    save_samples(found.model, num, seed, out)
+    print(f"written to {out}", file=sys.stderr)
+    return 0
+
+
+def traverse(
+    run: Path = RUN,
+    index: int = 0,
+    num_steps: int = 11,
+    extent: float = 2.5,
+    out: Path | None = None,
+) -> int:
+    """Move one latent at a time, from where an example lies: writes traversals.png.
+
+    Args:
+        run: Directory of the run.
+        index: Which example of the test split.
+        num_steps: Steps of each latent.
+        extent: How far from 0, in standard deviations of the prior.
+        out: Directory to write to; the run's by default.
+    """
+    from .pictures import save_traversals
+
+    out = out or run
+    found = open_run(run)
+    check_writable(out)
+    x = found.data().test.x
+    if not 0 <= index < len(x):
+        raise ValueError(f"index must be from 0 to {len(x) - 1}, found {index}")
+    save_traversals(found.model, found.guide, x[index : index + 1], num_steps, extent, out)
+    print(f"written to {out}", file=sys.stderr)
+    return 0
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -83,9 +203,18 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
+    args = sys.argv[1:] if args is None else args
     try:
+        if args[:1] == ["train"]:
+            args = ["train", *_spelled_out(args[1:])]
         return jsonargparse.auto_cli(
-            {"compare": compare},
+            {
+                "compare": compare,
+                "train": train,
+                "evaluate": evaluate,
+                "sample": sample,
+                "traverse": traverse,
+            },
             args=args,
             prog="pyro-vae",
             parser_class=_Parser,
@@ -96,6 +225,127 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pyro-vae: interrupted", file=sys.stderr)
         return 130
+
+
+# --- options of `train` ---------------------------------------------------------------------------
+
+SWITCHES = ("resume", "data.download")
+# What `--model NAME` and its like set.
+_CHOICES = {"model": "architecture", "guide": "kind", "loss": "name", "data": "name"}
+
+
+def _spelled_out(args: list[str]) -> list[str]:
+    """Take ``train``'s arguments to those of its parser.
+
+    ``--loss X --loss.a.b v`` become the loss's name and a mapping of its options, which are
+    joined with those of a configuration file.
+    """
+    rest: list[str] = []
+    files: list[str] = []
+    loss: dict[str, Any] = {}
+    pending = list(args)
+    out, resume = str(RUN), False
+    while pending:
+        name, equals, value = pending.pop(0).partition("=")
+        key = name[2:].replace("-", "_") if name.startswith("--") else ""
+        if name in ("--help", "-h") or key.startswith("print_config") or not key:
+            rest.append(name + equals + value)
+            continue
+        _check_option(key)
+        if key in SWITCHES:
+            resume = resume or key == "resume"
+            rest.append(name.replace("_", "-"))
+            continue
+        if not equals:
+            if not pending:
+                raise ValueError(f"option {name}: expected a value")
+            value = pending.pop(0)
+        section, dot, inner = key.partition(".")
+        if key == "config":
+            files.append(value)
+        elif section == "loss":
+            _put(loss, ["name"] if not dot else _path(inner), value)
+        else:
+            if key == "out":
+                out = value
+            inner = inner or _CHOICES.get(section, "")
+            rest.append("--" + ".".join(filter(None, [section, inner])).replace("_", "-"))
+            rest.append(value)
+    if resume and not files:
+        files = [str(Path(out) / CONFIG)]
+    for file in files:
+        tree = _read(Path(file))
+        if isinstance(found := tree.get("loss"), dict):
+            loss = _join({"name": found.get("name"), **(found.get("options") or {})}, loss)
+        rest = ["--config", file, *rest]
+    name = loss.pop("name", None)
+    if name is not None:
+        rest.append(f"--loss.name={name}")
+    if name is not None or loss:
+        rest.append(f"--loss.options={yaml.safe_dump(loss, default_flow_style=True).strip()}")
+    return rest
+
+
+def _path(inner: str) -> list[str]:
+    """Return the way to a loss's option; ``name`` and ``options`` of the file's format go too."""
+    parts = inner.split(".")
+    return parts[1:] if parts[0] == "options" and len(parts) > 1 else parts
+
+
+def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
+    """Put a value into nested mappings; one that was a name becomes a mapping with that name."""
+    *above, last = path
+    for key in above:
+        inner = tree.setdefault(key, {})
+        if not isinstance(inner, dict):
+            inner = tree[key] = {"name": inner}
+        tree = inner
+    value = yaml.safe_load(text)
+    if isinstance(tree.get(last), dict) and isinstance(value, str):
+        tree[last]["name"] = value
+    else:
+        tree[last] = value
+
+
+def _join(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Put new options over old ones, unless they are of another class."""
+    if "name" in new and new["name"] != old.get("name"):
+        return new
+    joined = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        joined[key] = _join(old[key], value) if both else value
+    return joined
+
+
+def _check_option(key: str) -> None:
+    sections = {f.name: f.default_factory for f in fields(Config)}
+    section, dot, inner = key.partition(".")
+    top = [*sections, "out", "resume", "device", "config"]
+    if section not in top:
+        raise unknown_key("--" + key, ["--" + name for name in top], "option")
+    if dot and section != "loss":
+        known = [f.name for f in fields(sections[section])] if section in sections else []
+        if inner not in known:
+            raise unknown_key("--" + key, [f"--{section}.{k}" for k in known] or top, "option")
+    if not dot and section == "training":
+        known = [f"--training.{f.name}" for f in fields(TrainingConfig)]
+        raise ValueError(f"option --training: expected one of {', '.join(known)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a configuration file for what it says of the loss, after a look at its keys."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"config: cannot read {str(path)!r}: {' '.join(str(error).split())}"
+        ) from (error)
+    check_keys(tree, Config)
+    return tree
+
+
+# --- arguments of `compare` -----------------------------------------------------------------------
 
 
 def _find_model(name: str) -> Callable:
@@ -118,16 +368,6 @@ def _find_model(name: str) -> Callable:
     return found
 
 
-def _find_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: cannot use {name!r}: {reason}") from error
-    return device
-
-
 def _data(model: Callable, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the model's default arguments, tensors on the device and in the type."""
     data: dict[str, Any] = {}
@@ -147,19 +387,6 @@ def _data(model: Callable, device: torch.device, dtype: torch.dtype) -> dict[str
             "arguments' defaults that could take them there"
         )
     return data
-
-
-def _check_writable(directory: Path) -> None:
-    """Fail before the work rather than after it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"out: cannot write to {str(directory)!r}: {error.strerror}; "
-            "expected a directory that can be made and written to"
-        ) from error
 
 
 if __name__ == "__main__":

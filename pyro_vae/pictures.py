@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["draw_grid", "draw_latents", "picture_run", "traverse"]
+from .checkpoint import replacing
+
+__all__ = [
+    "draw_grid",
+    "draw_latents",
+    "picture_run",
+    "save_samples",
+    "save_traversals",
+    "traverse",
+]
 
 NUM_SAMPLES, NUM_COLUMNS = 64, 16
 
@@ -128,3 +139,59 @@ def traverse(model: Any, z: Tensor, *, num_steps: int = 11, extent: float = 2.5)
     moved = z.expand(d, num_steps, d).clone()
     moved[range(d), :, range(d)] = places
     return model.reconstruct(moved.reshape(-1, d)).unflatten(0, (d, num_steps))
+
+
+@torch.no_grad()
+def save_samples(model: Any, num: int, seed: int, out: Path) -> None:
+    """Write draws from the model: samples.npz with x and their means and z, samples.png.
+
+    Args:
+        model: A :class:`~pyro_vae.models.VAE`.
+        num: How many.
+        seed: Of the draws.
+        out: Directory.
+    """
+    if num < 1:
+        raise ValueError(f"num must be at least 1, found {num}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        z = model.prior().sample((num,))
+        x = model.sample(num, z=z)
+        means = x if model.autoregressive else model.reconstruct(z)
+    arrays = {"x": x, "mean": means, "z": z}
+    with replacing(out / "samples.npz") as partial_path, partial_path.open("wb") as file:
+        np.savez_compressed(file, **{name: value.cpu().numpy() for name, value in arrays.items()})
+    save_figure(draw_grid(means, NUM_COLUMNS), out / "samples.png")
+
+
+@torch.no_grad()
+def save_traversals(
+    model: Any, guide: Any, x: Tensor, num_steps: int, extent: float, out: Path
+) -> None:
+    """Write traversals.png: a row for each latent, moved from where x lies.
+
+    Args:
+        model: A :class:`~pyro_vae.models.VAE`.
+        guide: An amortised guide.
+        x: One example [1, *event_shape].
+        num_steps: Steps of each latent.
+        extent: How far from 0.
+        out: Directory.
+    """
+    if num_steps < 2 or not extent > 0:
+        raise ValueError(
+            f"expected at least 2 steps and a positive extent, found {num_steps} and {extent}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        images = traverse(
+            model, guide.sample_latent(x)[0], num_steps=num_steps, extent=extent
+        ).flatten(0, 1)
+    title = f"one latent a row, from −{extent:g} to {extent:g}"
+    save_figure(draw_grid(images, num_steps, title), out / "traversals.png")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    with replacing(path) as partial_path:
+        figure.savefig(partial_path, format="png", dpi=120)

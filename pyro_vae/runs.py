@@ -30,11 +30,14 @@ from .models import VAE
 from .nn import (
     ConvDecoder,
     ConvEncoder,
+    GRAEDecoder,
+    GRAEEncoder,
     JointDiscriminator,
     MLPDecoder,
     MLPEncoder,
     ResidualDiscriminator,
 )
+from .pixelcnn import PixelCNN
 
 __all__ = [
     "Config",
@@ -77,7 +80,8 @@ class ModelConfig:
     """The generative model: a decoder, an observation, a standard normal prior.
 
     Args:
-        architecture: "mlp"; "conv", DCGAN's, for images; "pixelcnn", autoregressive, for images.
+        architecture: "mlp"; for images "conv", in DCGAN's style, and "pixelcnn", autoregressive;
+            "grae_mnist" and "grae_celeba", those of the GRAE paper, for 28×28 and 64×64.
         latent_dim: Dimension of z.
         hidden_dims: Widths of the hidden layers of an MLP, from z on; the guide's are the reverse.
         hidden_channels: Channels of convolutions, from the image on; each layer halves its sides.
@@ -88,7 +92,7 @@ class ModelConfig:
         event_shape: Shape of one example; that of the data by default.
     """
 
-    architecture: Literal["mlp", "conv", "pixelcnn"] = "mlp"
+    architecture: Literal["mlp", "conv", "pixelcnn", "grae_mnist", "grae_celeba"] = "mlp"
     latent_dim: int = 8
     hidden_dims: list[int] = field(default_factory=lambda: [256, 256])
     hidden_channels: list[int] = field(default_factory=lambda: [32, 64])
@@ -425,17 +429,24 @@ def _networks(
             f"model.architecture {settings.architecture!r} is for images [C, H, W]: found examples "
             f"of shape {list(event_shape)}; expected 'mlp'"
         )
+    if settings.architecture in ("grae_mnist", "grae_celeba"):
+        name: Any = settings.architecture.removeprefix("grae_")
+        return GRAEDecoder(d, name, num_params), GRAEEncoder(name)
     channels = tuple(settings.hidden_channels)
+    # Without batch normalisation: densities of a data point depend on no other then.
     encoder = ConvEncoder(event_shape, 256, channels, batch_norm=False)
+    if settings.architecture == "pixelcnn":
+        return PixelCNN(d, event_shape, num_params), encoder
     return ConvDecoder(d, out_shape, channels[::-1], batch_norm=False), encoder
 
 
 def _guide(config: Config, encoder: nn.Module, event_shape: tuple[int, ...]) -> nn.Module:
     settings, d = config.guide, config.model.latent_dim
+    num_features = getattr(encoder, "out_features", None)
     if settings.kind == "gaussian":
-        return Gaussian(encoder, d, covariance=settings.covariance)
+        return Gaussian(encoder, d, covariance=settings.covariance, num_features=num_features)
     if settings.kind == "flow":
-        return Flow(encoder, d, transforms=settings.transforms)
+        return Flow(encoder, d, transforms=settings.transforms, num_features=num_features)
     x_dim = int(torch.Size(event_shape).numel())
     discriminator = JointDiscriminator(x_dim, d, (256, 256))
     return Implicit(
@@ -443,6 +454,7 @@ def _guide(config: Config, encoder: nn.Module, event_shape: tuple[int, ...]) -> 
         d,
         noise=settings.noise,
         contrast=settings.contrast,
+        num_features=num_features,
         discriminator=discriminator,
     )
 

@@ -30,7 +30,7 @@ from .data import Data, dynamic_binarize, import_torchvision
 from .distributed import num_processes
 from .fit import ADVERSARIAL_BETAS, COMPILE_FROM, Schedule, constant, has_learned_density
 from .losses import DVAE_ELBO, GRAE_ELBO, IWAE_ELBO, KLSchedule
-from .pictures import picture_run
+from .pictures import picture_run, save_figure
 from .player import Player, describe_nonfinite, unconstrained
 from .runs import (
     BEST,
@@ -589,8 +589,7 @@ class _Pictures(Callback):
         pl_module.train(training)
         self.out.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            with replacing(self.out / f"epoch_{epoch:04d}_{name}.png") as partial_path:
-                figure.savefig(partial_path, format="png", dpi=120)
+            save_figure(figure, self.out / f"epoch_{epoch:04d}_{name}.png")
             if trainer.logger is not None:
                 trainer.logger.experiment.add_figure(
                     name, figure, pl_module.num_steps_done, close=False
