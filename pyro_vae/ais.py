@@ -81,7 +81,7 @@ def sigmoid_schedule(num_temperatures: int, scale: float = 4.0) -> Tensor:
 
     Example:
         >>> sigmoid_schedule(4)
-        tensor([0.0000, 0.1052, 0.5000, 0.8948, 1.0000], dtype=torch.float64)
+        tensor([0.0000, 0.1050, 0.5000, 0.8950, 1.0000], dtype=torch.float64)
     """
     if num_temperatures < 1:
         raise ValueError(f"num_temperatures must be at least 1, found {num_temperatures}")

@@ -168,7 +168,8 @@ class Joint:
             check(x)
 
     def _look_at_trace(self, x: Tensor) -> None:
-        with poutine.block(), torch.no_grad():
+        devices = [x.device] if x.device.type == "cuda" else []
+        with poutine.block(), torch.no_grad(), torch.random.fork_rng(devices=devices):
             trace = poutine.trace(self.model).get_trace(x)
         for site in trace.nodes.values():
             if site_is_subsample(site) and site["fn"].subsample_size not in (None, len(x)):
@@ -199,6 +200,7 @@ class Joint:
                 f"with one event dimension: found {list(shape)} with {fn.event_dim}, on {support}"
             )
         self.latent_dim = int(shape[-1])
+        self._zero = torch.zeros_like(trace.nodes[self.site]["value"][0])
         self.event_shape = trace.nodes[self.observed]["fn"].event_shape
         found = trace.nodes[self.observed]["value"].shape
         if found != (len(x), *self.event_shape):
@@ -224,12 +226,12 @@ class Joint:
         if self.is_vae:
             return self.model.prior().expand((num,))  # type: ignore[attr-defined]
         x = self._x.expand(num, *self._x.shape[1:])
-        with poutine.block():
-            return poutine.trace(self.model).get_trace(x).nodes[self.site]["fn"]
+        return self._sites(self._zero.expand(num, -1), x)[0]["fn"]
 
     def likelihood(self, z: Tensor, x: Tensor) -> Any:
         """Return p(x|z), z [*, N, d]; an autoregressive decoder is given x itself."""
         if self.is_vae:
+            x = x.expand(*z.shape[:-1], *self.event_shape)
             return self.model.likelihood(z, x)  # type: ignore[attr-defined]
         return self._sites(z, x)[1]["fn"]
 
@@ -241,8 +243,7 @@ class Joint:
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         r"""Return log p(x|z), z [*, N, d] and x [N, \*event] → [*, N]."""
         with _no_validation():
-            log_prob = self.likelihood(z, x).log_prob(x)
-            return log_prob.reshape(z.shape[:-1])
+            return self.likelihood(z, x).log_prob(x).reshape(z.shape[:-1])
 
     def sample(self, num: int) -> tuple[Tensor, Tensor]:
         r"""Draw from the model itself: z [num, d] and x [num, \*event]."""
