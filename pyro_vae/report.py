@@ -1,0 +1,768 @@
+"""One report of a trained model and guide: every figure of ``evaluate``, and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
+
+from . import evaluate
+from ._version import __version__
+from .joint import Estimate, Joint, chunks, evaluation_mode, has_exact_density, posterior
+from .mcmc import HMC
+
+if TYPE_CHECKING:
+    from .data import Data
+
+__all__ = ["plot_latents", "plot_posteriors", "plot_reconstructions", "plot_samples", "report"]
+
+MASSES = (0.95, 0.8, 0.5)  # that contours hold
+NUM_BINS = 100
+GRID = 150  # points a side, for a posterior of up to two dimensions
+NUM_SAMPLES = 64  # in a picture
+NUM_RECONSTRUCTIONS = 10
+HMC_CHAINS, HMC_SAMPLES, HMC_WARMUP = 64, 150, 200
+
+
+def report(
+    model: Callable,
+    guide: Callable,
+    data: Data,
+    out: str | Path,
+    *,
+    num_examples: int = 300,
+    elbo_particles: int = 100,
+    iwae_particles: int = 1000,
+    svi_examples: int = 100,
+    svi_particles: int = 1000,
+    svi_steps: int = 150,
+    ais_examples: int = 50,
+    ais_temperatures: int = 300,
+    ais_chains: int = 5,
+    aggregate_examples: int = 10_000,
+    marginal_samples: int = 2000,
+    class_samples: int = 2000,
+    classifier_steps: int = 500,
+    num_labels: int = 1000,
+    posterior_examples: int = 3,
+    chunk_size: int = 4096,
+    compile: bool | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    r"""Judge a model and its guide, and write ``metrics.json``, ``report.md`` and pictures.
+
+    The defaults are for small images on two cores; each is stated in the report. A figure that does
+    not apply (no labels, a density that is learned) is left out, with the reason. Likelihoods are
+    those of the test split. The figures of a paper take ``iwae_particles=5000``,
+    ``ais_temperatures=1000`` and all examples.
+
+    Args:
+        model: A :class:`~pyro_vae.models.VAE`, or a Pyro model that
+            :class:`~pyro_vae.evaluate.Joint` takes.
+        guide: Its guide.
+        data: A data set, as :func:`pyro_vae.data.load` returns it. It is brought to the device and
+            dtype of the model's first parameter.
+        out: A directory, made if it does not exist; files of these names are replaced.
+        num_examples: Of the test split, drawn at random, for ELBO and IWAE; at most all.
+        elbo_particles: Draws from q(z|x) for each.
+        iwae_particles: k of IWAE-k.
+        svi_examples: The first of these examples, for IW-SVI; 0 leaves it out.
+        svi_particles: k of IW-SVI.
+        svi_steps: Gradient steps of IW-SVI, twice.
+        ais_examples: The first of these, for AIS, and as many simulated for BDMC; 0 leaves both
+            out.
+        ais_temperatures: Of AIS and BDMC.
+        ais_chains: Chains of each example.
+        aggregate_examples: Of the training split, drawn at random, for what is said of q(z).
+        marginal_samples: Draws for the marginal KL and the mutual information.
+        class_samples: Draws from the model for the distribution of classes.
+        classifier_steps: To train the classifier of these.
+        num_labels: For the support vector machine.
+        posterior_examples: Whose true posterior is drawn; 0 leaves the picture out.
+        chunk_size: How many latents are decoded at once.
+        compile: Whether AIS compiles its leapfrog step; by default where it takes many.
+        seed: Of all random numbers; torch's generators are left as they were.
+
+    Returns:
+        What is in ``metrics.json``: ``metrics`` by name, each with ``value``, ``std_error``,
+        ``data_std_error`` and ``about``; ``settings``; ``data``; ``left_out``, the reasons by
+        name; ``pictures``; ``seconds``; ``versions``.
+
+    Raises:
+        ValueError: For numbers out of range, a directory that cannot be written to, data that do
+            not fit the model.
+
+    Example:
+        >>> import tempfile
+        >>> from pyro_vae.data import load
+        >>> from pyro_vae.guides import Gaussian
+        >>> from pyro_vae.models import VAE, Bernoulli
+        >>> from pyro_vae.nn import MLP
+        >>> data = load("four_pixels")
+        >>> decoder = nn.Sequential(MLP(2, 4, (16,)), nn.Unflatten(-1, data.event_shape))
+        >>> model = VAE(decoder, Bernoulli(), 2, data.event_shape)
+        >>> guide = Gaussian(nn.Sequential(nn.Flatten(1), MLP(4, 8)), 2)
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     found = report(model, guide, data, out, ais_examples=0, svi_examples=0)
+        ...     sorted(path.name for path in Path(out).iterdir())[:2]
+        ['latents.png', 'metrics.json']
+        >>> found["metrics"]["elbo"]["value"] < 0
+        True
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("model", "guide", "data", "out")}
+    _check(settings)
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: cannot make the directory {str(out)!r}: {error}") from error
+    like = next((p for p in _parameters(model, guide) if p.is_floating_point()), data.test.x)
+    data = data.to(device=like.device, dtype=like.dtype)
+    devices = [like.device] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), evaluation_mode(model, guide):
+        torch.manual_seed(seed)
+        judge = _Judge(model, guide, data, out, settings)
+        judge.run()
+    found: dict[str, Any] = {
+        "metrics": {name: _as_dict(*entry) for name, entry in judge.metrics.items()},
+        "side_by_side": judge.side_by_side,
+        "classes": judge.classes,
+        "left_out": judge.left_out,
+        "data": {"name": data.name, "source": data.source, "kind": data.kind}
+        | {f"num_{name}": len(part.x) for name, part in data.splits.items()},
+        "settings": settings | {"device": str(like.device), "dtype": str(like.dtype)},
+        "pictures": judge.pictures,
+        "seconds": judge.seconds,
+        "versions": {
+            "pyro_vae": __version__,
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+        },
+    }
+    (out / "metrics.json").write_text(json.dumps(_plain(found), indent=2) + "\n")
+    (out / "report.md").write_text(_markdown(found, judge), encoding="utf-8")
+    return found
+
+
+def _check(settings: dict[str, Any]) -> None:
+    least = {
+        "num_examples": 1,
+        "elbo_particles": 2,
+        "iwae_particles": 2,
+        "svi_particles": 2,
+        "svi_steps": 1,
+        "ais_temperatures": 1,
+        "ais_chains": 1,
+        "aggregate_examples": 2,
+        "marginal_samples": 2,
+        "class_samples": 2,
+        "classifier_steps": 1,
+        "num_labels": 2,
+        "chunk_size": max(8, settings["ais_chains"] + 1),
+        "svi_examples": 0,
+        "ais_examples": 0,
+        "posterior_examples": 0,
+    }
+    for name, smallest in least.items():
+        if settings[name] < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, found {settings[name]}")
+
+
+def _parameters(*objects: object) -> Iterator[Tensor]:
+    for module in objects:
+        if isinstance(module, nn.Module):
+            yield from module.parameters()
+            yield from module.buffers()
+
+
+class _Judge:
+    """Computes the figures one after another and remembers what became of each."""
+
+    def __init__(
+        self, model: Callable, guide: Callable, data: Data, out: Path, settings: dict[str, Any]
+    ) -> None:
+        self.model, self.guide, self.data, self.out = model, guide, data, out
+        self.settings = settings
+        self.metrics: dict[str, tuple[str, str, Estimate, str]] = {}  # section, label, about
+        self.side_by_side: dict[str, dict[str, float | None]] = {}
+        self.classes: dict[str, list[float]] = {}
+        self.left_out: dict[str, str] = {}
+        self.pictures: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.chunks = {"chunk_size": settings["chunk_size"]}
+        self.joint = Joint(model, data.test.x)
+        order = torch.randperm(len(data.test.x))[: settings["num_examples"]]
+        self.x = data.test.x[order.to(data.test.x.device)]
+        count = settings["aggregate_examples"]
+        order = torch.randperm(len(data.train.x))[:count].to(data.train.x.device)
+        self.aggregate = data.train.x[order]
+        with torch.no_grad():
+            q = posterior(guide, self.x[:1], self.joint)
+        self.exact = has_exact_density(q)
+
+    def run(self) -> None:
+        for part in (
+            self._likelihood,
+            self._svi,
+            self._annealed,
+            self._aggregate_posterior,
+            self._labels,
+            self._draw,
+        ):
+            start = time.perf_counter()
+            part()
+            name = part.__name__.strip("_")
+            self.seconds[name] = round(time.perf_counter() - start, 2)
+
+    def _add(self, section: str, name: str, label: str, found: Estimate, about: str = "") -> None:
+        self.metrics[name] = (section, label, found, about)
+
+    def _compare(self, name: str, found: Estimate) -> None:
+        """Put the mean over the examples of AIS beside it."""
+        count = min(self.settings["ais_examples"], len(self.x))
+        values, errors = found.per_example, found.per_example_error
+        if not count or values is None or errors is None or len(values) < count:
+            return
+        part = Estimate.mean(values[:count], errors[:count])
+        self.side_by_side[name] = {"value": part.value, "std_error": part.std_error}
+
+    def _likelihood(self) -> None:
+        s, x = self.settings, self.x
+        where = "Likelihood"
+        draws = f"{len(x)} test examples, {s['elbo_particles']} draws each"
+        found = evaluate.elbo(self.model, self.guide, x, s["elbo_particles"], **self.chunks)
+        claim = " (claimed: the guide's density is learned)" if found.claimed else ""
+        self._add(where, "elbo", "ELBO" + claim, found.elbo, draws)
+        self._add(where, "log_likelihood", "E log p(x\\|z)", found.log_likelihood, draws)
+        self._add(where, "kl", "KL(q(z\\|x) ‖ p(z))" + claim, found.kl, draws)
+        if found.reconstruction_error is None:
+            self.left_out["reconstruction_error"] = (
+                "the observation has no mean, or the decoder is autoregressive and is given x"
+            )
+        else:
+            about = f"{draws}; mean square of an element"
+            label = "reconstruction error"
+            self._add(where, "reconstruction_error", label, found.reconstruction_error, about)
+        if not found.claimed:
+            self._compare("ELBO", found.elbo)
+        train = self.aggregate[: len(x)]
+        found = evaluate.elbo(self.model, self.guide, train, s["elbo_particles"], **self.chunks)
+        about = f"{len(train)} training examples, {s['elbo_particles']} draws each"
+        self._add(where, "elbo_train", "ELBO, training split" + claim, found.elbo, about)
+        if not self.exact:
+            self.left_out["iwae"] = "the guide has no exact density: the bound would be a claim"
+            return
+        k = s["iwae_particles"]
+        estimate = evaluate.iwae(self.model, self.guide, x, k, **self.chunks)
+        assert estimate.per_example_error is not None
+        ess = 1 / (estimate.per_example_error.square() * (k - 1) / k + 1 / k)
+        about = (
+            f"{len(x)} test examples, {k} particles; effective ones: median "
+            f"{float(ess.median()):.0f}, least {float(ess.min()):.1f}"
+        )
+        self._add(where, "iwae", f"log p(x), IWAE-{k}", estimate, about)
+        self._compare(f"IWAE-{k}", estimate)
+
+    def _svi(self) -> None:
+        s = self.settings
+        x = self.x[: s["svi_examples"]]
+        if not len(x):
+            self.left_out["iw_svi"] = "svi_examples=0"
+            return
+        k, steps = s["svi_particles"], s["svi_steps"]
+        found = evaluate.iw_svi(self.model, self.guide, x, k, num_steps=steps, **self.chunks)
+        about = f"{len(x)} test examples, twice {steps} steps, {k} particles"
+        where = "Likelihood"
+        self._add(where, "iw_svi", f"log p(x), IW-SVI-{k}", found.log_evidence, about)
+        self._compare(f"IW-SVI-{k}", found.log_evidence)
+        gaps = (
+            ("inference_gap", "inference gap", found.inference_gap),
+            ("approximation_gap", "approximation gap, diagonal Gaussian", found.approximation_gap),
+            ("amortization_gap", "amortisation gap", found.amortization_gap),
+        )
+        for name, label, gap in gaps:
+            if gap is None:
+                self.left_out[name] = "the guide has no exact density, and no ELBO that is a bound"
+            else:
+                self._add(where, name, label, gap, about)
+
+    def _annealed(self) -> None:
+        s = self.settings
+        x = self.x[: s["ais_examples"]]
+        if not len(x):
+            self.left_out["ais"] = self.left_out["bdmc"] = "ais_examples=0"
+            return
+        arguments = (s["ais_temperatures"], s["ais_chains"])
+        options = self.chunks | {"compile": s["compile"]}
+        sizes = f"{arguments[0]} temperatures, {arguments[1]} chains"
+        found = evaluate.ais(self.model, x, *arguments, **options)
+        about = f"{len(x)} test examples, {sizes}, acceptance {float(found.accept_prob.mean()):.2f}"
+        where = "Likelihood"
+        self._add(where, "ais", "log p(x), AIS", found.log_evidence, about)
+        self._compare("AIS", found.log_evidence)
+        sides = evaluate.bdmc(self.model, x, *arguments, **options)
+        about = f"{len(x)} simulated examples, {sizes}"
+        for name, estimate in (("lower", sides.lower), ("upper", sides.upper), ("gap", sides.gap)):
+            label = "BDMC gap" if name == "gap" else f"BDMC {name} bound"
+            self._add(where, f"bdmc_{name}", label, estimate, about)
+
+    def _aggregate_posterior(self) -> None:
+        s, x = self.settings, self.aggregate
+        arguments = (self.model, self.guide, x)
+        where, about = "Aggregate posterior", f"{len(x)} training examples"
+        if self.exact:
+            found = evaluate.marginal_kl(*arguments, s["marginal_samples"])
+            draws = f"{about}, {s['marginal_samples']} draws"
+            label = "KL(q(z) ‖ p(z))"
+            self._add(where, "marginal_kl", label, found.marginal_kl, draws)
+            bound = f"{draws}; at most log {len(x)} = {math.log(len(x)):.2f}"
+            label = "mutual information of x and z"
+            self._add(where, "mutual_information", label, found.mutual_information, bound)
+        else:
+            reason = "the guide has no exact density"
+            self.left_out["marginal_kl"] = self.left_out["mutual_information"] = reason
+        if len(x) > 1:
+            mmd = evaluate.aggregate_mmd(*arguments)
+            self._add(where, "mmd", "MMD² of q(z) and p(z)", mmd, f"{about}, RBF kernel, ℓ² = d")
+            active = evaluate.active_units(*arguments, **self.chunks)
+            count = f"{about}; of {self.joint.latent_dim}, Var E[z_i\\|x] > 0.01"
+            self._add(where, "active_units", "active units", active, count)
+        if len(x) > self.joint.latent_dim:
+            cov = evaluate.log_det_cov(*arguments, **self.chunks)
+            label = "log det Cov q(z) / d"
+            self._add(where, "log_det_cov", label, cov, f"{about}, 10 draws each")
+        else:
+            self.left_out["log_det_cov"] = "no more examples than dimensions"
+
+    def _labels(self) -> None:
+        s = self.settings
+        train, test = self.data.train, self.data.test
+        if train.y is None or test.y is None:
+            for name in ("class_cross_entropy", "svm_error"):
+                self.left_out[name] = f"{self.data.name} has no labels"
+            return
+        where = "Samples and labels"
+        found = evaluate.class_distribution(
+            self.model,
+            (train.x, train.y),
+            (test.x, test.y),
+            s["class_samples"],
+            num_steps=s["classifier_steps"],
+            **self.chunks,
+        )
+        about = f"{s['class_samples']} samples, a classifier of 256 hidden units"
+        label = "l_ce, classes of samples against those of the data"
+        self._add(where, "class_cross_entropy", label, found.cross_entropy, about)
+        about = f"{len(test.x)} test examples; what there is to reach"
+        self._add(where, "class_cross_entropy_test", "l_ce of test examples", found.of_test, about)
+        label = "test error of this classifier"
+        self._add(where, "classifier_error", label, found.classifier_error, "")
+        self.classes = {"data": found.true.tolist(), "samples": found.sampled.tolist()}
+        svm = evaluate.svm_error(
+            self.model, self.guide, (train.x, train.y), (test.x, test.y), s["num_labels"]
+        )
+        count = min(s["num_labels"], len(train.x))
+        about = f"RBF kernel, E[z\\|x] of {count} labelled training examples"
+        self._add(where, "svm_error", "test error of an SVM on latents", svm, about)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        x, joint = self.x, self.joint
+        z = joint.prior(NUM_SAMPLES).sample()
+        self._save("samples", plot_samples(joint.reconstruct(z)), "Mean images of prior draws")
+        part = x[:NUM_RECONSTRUCTIONS]
+        z = evaluate.latents(self.model, self.guide, part)[0]
+        figure = plot_reconstructions(part, joint.reconstruct(z))
+        self._save("reconstructions", figure, "Test examples above, their reconstructions below")
+        part, labels = self.data.test.x, self.data.test.y
+        draws = evaluate.latents(self.model, self.guide, part, num_draws=20, **self.chunks)
+        means = evaluate.latents(self.model, self.guide, part, mean=True, **self.chunks)
+        prior = joint.prior(20_000).sample()
+        figure = plot_latents(draws.flatten(0, 1), prior, means, labels)
+        caption = "q(z) of the test split and p(z): contours that hold 50, 80 and 95 percent"
+        self._save("latents", figure, caption)
+        count = self.settings["posterior_examples"]
+        if not count:
+            self.left_out["posteriors"] = "posterior_examples=0"
+            return
+        figure, how = plot_posteriors(
+            self.model, self.guide, x[:count], chunk_size=self.settings["chunk_size"]
+        )
+        caption = f"True posteriors p(z|x) ({how}) and q(z|x) of {len(x[:count])} test examples"
+        self._save("posteriors", figure, caption)
+
+    def _save(self, name: str, figure: Figure, caption: str) -> None:
+        figure.savefig(self.out / f"{name}.png", dpi=120)
+        self.pictures[f"{name}.png"] = caption
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def plot_samples(x: Tensor, columns: int = 8) -> Figure:
+    r"""Draw images in a grid; data that are no images as lines, or points of two dimensions.
+
+    Args:
+        x: Images [N, C, H, W] or vectors [N, D].
+        columns: Of the grid.
+
+    Returns:
+        A figure, unknown to pyplot.
+
+    Example:
+        >>> len(plot_samples(torch.rand(16, 1, 8, 8)).axes)
+        1
+    """
+    return _pictures([x], columns=columns)
+
+
+def plot_reconstructions(x: Tensor, x_hat: Tensor) -> Figure:
+    r"""Draw originals above their reconstructions.
+
+    Args:
+        x: Images [N, C, H, W] or vectors [N, D].
+        x_hat: Their reconstructions, of the same shape.
+
+    Returns:
+        A figure, unknown to pyplot.
+
+    Example:
+        >>> len(plot_reconstructions(torch.rand(5, 1, 8, 8), torch.rand(5, 1, 8, 8)).axes)
+        1
+    """
+    return _pictures([x, x_hat], columns=len(x), labels=("original", "reconstruction"))
+
+
+def _pictures(rows: list[Tensor], columns: int, labels: tuple[str, ...] = ("samples",)) -> Figure:
+    arrays = [row.detach().cpu().double().numpy() for row in rows]
+    if arrays[0].ndim != 4:
+        return _vectors([array.reshape(len(array), -1) for array in arrays], labels)
+    images = np.concatenate(arrays)
+    _, channels, height, width = images.shape
+    low, high = min(0.0, float(images.min())), max(1.0, float(images.max()))
+    images = ((images - low) / (high - low)).transpose(0, 2, 3, 1)
+    if channels != 3:
+        images = images[..., :1]
+    lines = math.ceil(len(images) / columns)
+    canvas = np.ones((lines * (height + 1) - 1, columns * (width + 1) - 1, images.shape[-1]))
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    figure = Figure(figsize=(0.6 * columns, 0.6 * lines * height / width), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(canvas if channels == 3 else canvas[..., 0], cmap="gray", vmin=0, vmax=1)
+    axis.set_axis_off()
+    return figure
+
+
+def _vectors(arrays: list[NDArray], labels: tuple[str, ...]) -> Figure:
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axis = figure.subplots()
+    for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
+        if array.shape[1] == 2:
+            axis.plot(*array.T, ".", label=label)
+        else:
+            axis.plot(array.T, color=f"C{index}", alpha=0.4)
+            axis.plot([], color=f"C{index}", label=label)
+    axis.legend()
+    return figure
+
+
+def plot_latents(
+    draws: Tensor, prior: Tensor, means: Tensor, labels: Tensor | None = None
+) -> Figure:
+    r"""Draw contours of q(z) against those of the prior, and the examples' means by label.
+
+    Of more than two dimensions, the two principal components of the means.
+
+    Args:
+        draws: From q(z) [M, d].
+        prior: Draws from p(z) [M', d].
+        means: E[z|x] of examples [N, d].
+        labels: Their classes [N].
+
+    Returns:
+        A figure, unknown to pyplot.
+
+    Example:
+        >>> z = torch.randn(500, 3)
+        >>> len(plot_latents(z, torch.randn(500, 3), z[:50]).axes)
+        2
+    """
+    q, p, m = (t.detach().cpu().double().numpy() for t in (draws, prior, means))
+    names = ("z[0]", "z[1]")
+    if m.shape[1] > 2:
+        centre = m.mean(0)
+        _, size, directions = np.linalg.svd(m - centre, full_matrices=False)
+        share = size[:2] ** 2 / max(float((size**2).sum()), 1e-300)
+        q, p, m = ((a - centre) @ directions[:2].T for a in (q, p, m))
+        first, second = (f"component {i + 1}, {100 * part:.0f} %" for i, part in enumerate(share))
+        names = (first, second)
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if m.shape[1] == 1:
+        for a, label in ((q, "q(z)"), (p, "p(z)")):
+            left.hist(a[:, 0], bins=NUM_BINS, density=True, histtype="step", label=label)
+        left.set(xlabel=names[0], ylabel="density")
+        m = np.concatenate([m, np.zeros_like(m)], 1)
+        names = (names[0], "")
+    else:
+        ranges = [_range(np.concatenate([q[:, i], p[:, i]])) for i in (0, 1)]
+        _contours(left, p, ranges, "gray", "p(z)")
+        _contours(left, q, ranges, "C0", "q(z)")
+        left.set(xlabel=names[0], ylabel=names[1])
+    left.legend()
+    colours = None if labels is None else labels.cpu().numpy()
+    points = right.scatter(
+        m[:, 0], m[:, 1], c=colours, s=5, cmap="tab10" if colours is not None else None
+    )
+    if colours is not None:
+        figure.colorbar(points, ax=right, label="label")
+    right.set(xlabel=names[0], ylabel=names[1], title="E[z|x]")
+    return figure
+
+
+@torch.no_grad()
+def plot_posteriors(
+    model: Callable, guide: Callable, x: Tensor, *, chunk_size: int = 4096
+) -> tuple[Figure, str]:
+    r"""Draw the true posterior p(z|x) of a few examples beside q(z|x).
+
+    On a grid for one or two latent dimensions; else by draws of our HMC, in the two dimensions that
+    differ most from the prior.
+
+    Args:
+        model: As in :func:`pyro_vae.evaluate.elbo`.
+        guide: As in :func:`pyro_vae.evaluate.elbo`.
+        x: Examples [N, \*event], a column each.
+        chunk_size: How many latents are decoded at once.
+
+    Returns:
+        A figure, unknown to pyplot, and how the truth was found: the grid, or HMC and what its
+        checks say.
+
+    Example:
+        >>> from pyro_vae.guides import Gaussian
+        >>> from pyro_vae.models import VAE, Bernoulli
+        >>> from pyro_vae.nn import MLP
+        >>> model = VAE(MLP(2, 16), Bernoulli(), latent_dim=2, event_shape=(16,))
+        >>> figure, how = plot_posteriors(model, Gaussian(MLP(16, 8), 2), torch.ones(2, 16))
+        >>> len(figure.axes), how
+        (2, 'on a grid')
+    """
+    joint = Joint(model, x)
+    d, count = joint.latent_dim, len(x)
+    with evaluation_mode(model, guide):
+        q = evaluate.latents(model, guide, x, num_draws=4000, chunk_size=chunk_size)
+        if d > 2:
+            truth, how = _hmc(joint, x)
+        else:
+            how = "on a grid"
+    figure = Figure(figsize=(3 * count + 0.6, 3.2), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for index, axis in enumerate(axes):
+        draws = q[:, index].cpu().double().numpy()
+        if d == 1:
+            (points,), density = _grid(joint, x[index], draws, chunk_size)
+            axis.plot(points, density, color="black", label="p(z|x)")
+            axis.hist(draws[:, 0], bins=60, density=True, histtype="step", label="q(z|x)")
+            axis.set_xlabel("z")
+        elif d == 2:
+            points, density = _grid(joint, x[index], draws, chunk_size)
+            _filled(axis, points, density)
+            _contours(axis, draws, [(p[0], p[-1]) for p in points], "C1", "q(z|x)")
+            axis.set(xlabel="z[0]", ylabel="z[1]")
+        else:
+            true = truth[:, index]
+            shown = np.sort(np.argsort(true.var(0))[:2])  # that x tells most of
+            true, draws = true[:, shown], draws[:, shown]
+            ranges = [_range(np.concatenate([true[:, i], draws[:, i]])) for i in (0, 1)]
+            _filled(axis, *_histogram(true, ranges))
+            _contours(axis, draws, ranges, "C1", "q(z|x)")
+            axis.set(xlabel=f"z[{shown[0]}]", ylabel=f"z[{shown[1]}]")
+        if index == 0:
+            axis.legend()
+    return figure, how
+
+
+def _hmc(joint: Joint, x: Tensor) -> tuple[NDArray, str]:
+    """Draw from p(z|x) of all examples [S, N, d]; say what the checks of the draws found."""
+
+    def target() -> None:
+        with pyro.plate("examples", len(x), dim=-1):
+            z = pyro.sample("z", joint.prior(len(x)))
+            pyro.factor("x", joint.log_likelihood(z, x))
+
+    seed = int(torch.randint(1 << 31, ()))
+    mcmc = HMC(
+        target, HMC_CHAINS, HMC_SAMPLES, HMC_WARMUP, compile=False, progress=False, seed=seed
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the verdict says it
+        mcmc.run()
+        verdict = mcmc.check()
+    checks = "which passed its checks" if verdict.passed else "which FAILED its checks"
+    return mcmc.get_samples()["z"].cpu().double().numpy(), f"by HMC, {checks}"
+
+
+def _grid(
+    joint: Joint, x: Tensor, draws: NDArray, chunk_size: int
+) -> tuple[list[NDArray], NDArray]:
+    """Return the axes and the density of p(z|x) where it has its mass, and the draws too."""
+    d = joint.latent_dim
+    corners = [(min(-5.0, a), max(5.0, b)) for a, b in zip(draws.min(0), draws.max(0), strict=True)]
+    points: list[NDArray] = []
+    density = np.zeros(0)
+    for _ in range(3):  # each time closer
+        points = [np.linspace(a, b, GRID if d == 2 else 10 * GRID) for a, b in corners]
+        mesh = np.stack(np.meshgrid(*points, indexing="ij"), -1).reshape(-1, 1, d)
+        z = torch.as_tensor(mesh, dtype=joint.prior(1).sample().dtype, device=x.device)
+        parts = [
+            (joint.log_likelihood(z[part], x[None]) + joint.log_prior(z[part]))[:, 0]
+            for part in chunks(len(z), chunk_size)
+        ]
+        log_density = torch.cat(parts).double().cpu().numpy().reshape([len(p) for p in points])
+        density = np.exp(log_density - log_density.max())
+        corners = []
+        for axis, p in enumerate(points):
+            there = density.max(axis=tuple(i for i in range(d) if i != axis)) > 1e-4
+            inside = p[there]
+            step = p[1] - p[0]
+            low, high = np.quantile(draws[:, axis], [0.005, 0.995])
+            corners.append((min(inside[0] - step, low), max(inside[-1] + step, high)))
+    volume = math.prod(p[1] - p[0] for p in points)
+    return points, density / (density.sum() * volume)
+
+
+def _range(values: NDArray) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.005, 0.995])
+    margin = 0.2 * (high - low) + 1e-6
+    return float(low - margin), float(high + margin)
+
+
+def _histogram(points: NDArray, ranges: list[tuple[float, float]]) -> tuple[list[NDArray], NDArray]:
+    counts, *edges = np.histogram2d(*points.T, bins=NUM_BINS, range=ranges)
+    return [(e[:-1] + e[1:]) / 2 for e in edges], gaussian_filter(counts, sigma=2.5)
+
+
+def _levels(density: NDArray) -> NDArray:
+    descending = np.sort(density, axis=None)[::-1]
+    mass = np.cumsum(descending) / descending.sum()
+    return np.unique(descending[np.searchsorted(mass, MASSES)])
+
+
+def _contours(
+    axis: Any, points: NDArray, ranges: list[tuple[float, float]], colour: str, label: str
+) -> None:
+    """Draw contours that hold 95, 80 and 50 percent of the draws."""
+    centers, density = _histogram(points, ranges)
+    if density.any():
+        axis.contour(*centers, density.T, levels=_levels(density), colors=colour, linewidths=1.2)
+    axis.plot([], color=colour, label=label)
+
+
+def _filled(axis: Any, points: list[NDArray], density: NDArray) -> None:
+    levels = [*_levels(density), density.max() * 1.001]
+    axis.contourf(*points, density.T, levels=levels, cmap="Greys", alpha=0.8)
+    axis.plot([], color="gray", linewidth=6, label="p(z|x)")
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def _as_dict(section: str, label: str, found: Estimate, about: str) -> dict[str, Any]:
+    return {
+        "value": found.value,
+        "std_error": found.std_error,
+        "data_std_error": found.data_std_error if section == "Likelihood" else None,
+        "about": about.replace("\\|", "|"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: NaN and infinities are null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _number(value: float | None, error: float | None) -> str:
+    """Print a number to two digits of its error."""
+    if value is None or not math.isfinite(value):
+        return "" if value is None else str(value)
+    if not error or not math.isfinite(error):
+        return f"{value:.4g}"
+    return f"{value:.{min(8, max(0, 1 - math.floor(math.log10(error))))}f}"
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None or not math.isfinite(error) else f"{error:.2g}"
+
+
+def _markdown(found: dict[str, Any], judge: _Judge) -> str:
+    data, settings = found["data"], found["settings"]
+    model, guide = (type(o).__name__ for o in (judge.model, judge.guide))
+    sizes = ", ".join(f"{data[f'num_{part}']} {part}" for part in judge.data.splits)
+    lines = [
+        f"# {model} and {guide} on {data['name']}",
+        "",
+        f"Data: {data['source']}; {sizes}; elements: {data['kind']}; an example is "
+        f"{list(judge.joint.event_shape)}, z has {judge.joint.latent_dim} dimensions.",
+        "",
+        "Log densities in nats, summed over the elements of an example, all constants included. "
+        "Beside each value the Monte Carlo standard error for these very examples, and, where the "
+        "figure is a mean over examples, the standard error for the population they come from.",
+    ]
+    section = ""
+    for name, (where, label, estimate, about) in judge.metrics.items():
+        if where != section:
+            section = where
+            lines += ["", f"## {section}", ""]
+            lines += ["| | value | s.e. | s.e. over examples | |", "|---|---|---|---|---|"]
+        entry = found["metrics"][name]
+        error, spread = entry["std_error"], entry["data_std_error"]
+        value = _number(estimate.value, error)
+        lines.append(f"| {label} | {value} | {_error(error)} | {_error(spread)} | {about} |")
+    if len(judge.side_by_side) > 1:
+        count = min(settings["ais_examples"], len(judge.x))
+        lines += ["", f"## log p(x) of the same {count} test examples", ""]
+        lines += ["| | value | s.e. |", "|---|---|---|"]
+        for name, beside in judge.side_by_side.items():
+            value, error = beside["value"], beside["std_error"]
+            lines.append(f"| {name} | {_number(value, error)} | {_error(error)} |")
+        lines += ["", "All are lower bounds in expectation: the largest is the closest."]
+    if judge.classes:
+        lines += ["", "## Classes", ""]
+        lines.append("| | " + " | ".join(map(str, range(len(judge.classes["data"])))) + " |")
+        lines.append("|---" * (len(judge.classes["data"]) + 1) + "|")
+        for name, shares in judge.classes.items():
+            lines.append(f"| {name} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+    lines += ["", "## Pictures", ""]
+    for path, caption in judge.pictures.items():
+        lines += [f"![{caption}]({path})", "", f"*{caption}.*", ""]
+    if judge.left_out:
+        lines += ["## Left out", ""]
+        lines += [f"* {name}: {reason}" for name, reason in judge.left_out.items()]
+        lines.append("")
+    lines += ["## Settings", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in settings.items()]
+    lines += [f"| {name} | {value} |" for name, value in found["versions"].items()]
+    spent = ", ".join(f"{name} {value:.1f}" for name, value in judge.seconds.items())
+    lines += [f"| seconds | {spent} |", ""]
+    return "\n".join(lines)
