@@ -610,6 +610,14 @@ def test_idx_labels_that_do_not_fit_the_images(tmp_path: Path) -> None:
         load("mnist")
 
 
+def test_mnist_is_not_taken_for_fashion_mnist(tmp_path: Path) -> None:
+    """Their files have the same names."""
+    write_idx(tmp_path / "here")
+    assert sizes(load("mnist", root=tmp_path / "here")) == (50, 10, 10)
+    with pytest.raises(FileNotFoundError):
+        load("fashion_mnist", root=tmp_path / "here")
+
+
 def test_idx_files_are_read_as_they_are(tmp_path: Path) -> None:
     write_idx(tmp_path / "raw")
     folder = tmp_path / "MNIST/raw"
