@@ -200,6 +200,7 @@ def test_data_describes_itself() -> None:
     assert repr(load("ppca_2d")) == "Data('ppca_2d', 4000 + 1000 + 1000 of [2], real: made up)"
 
 
+@pytest.mark.slow
 def test_importing_the_module_imports_nothing_heavy() -> None:
     code = (
         "import sys; import pyro_vae; before = set(sys.modules); import pyro_vae.data; "
