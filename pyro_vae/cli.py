@@ -124,7 +124,7 @@ def train(
     return 0
 
 
-def evaluate(run: Path = RUN, device: str = "cpu", seed: int = 0) -> int:
+def evaluate(run: Path, device: str = "cpu", seed: int = 0) -> int:
     """Judge a trained run: writes metrics.json, report.md and pictures into its directory.
 
     Args:
@@ -144,7 +144,7 @@ def evaluate(run: Path = RUN, device: str = "cpu", seed: int = 0) -> int:
     return 0
 
 
-def sample(run: Path = RUN, num: int = 64, seed: int = 0, out: Path | None = None) -> int:
+def sample(run: Path, num: int = 64, seed: int = 0, out: Path | None = None) -> int:
     """Draw from a trained run's model: writes samples.png and samples.npz.
 
     Args:
@@ -164,7 +164,7 @@ def sample(run: Path = RUN, num: int = 64, seed: int = 0, out: Path | None = Non
 
 
 def traverse(
-    run: Path = RUN,
+    run: Path,
     index: int = 0,
     num_steps: int = 11,
     extent: float = 2.5,
