@@ -213,16 +213,17 @@ def iw_svi(
     *,
     num_steps: int = 200,
     train_particles: int = 8,
-    learning_rate: float = 0.03,
+    learning_rate: float = 0.1,
     covariance: Literal["diagonal", "full"] = "diagonal",
     chunk_size: int = 4096,
 ) -> IWSVI:
     r"""Estimate log p(x) with a Gaussian of its own for each example, and the gaps of inference.
 
-    Each q* starts with the guide's mean and standard deviations, those of draws where the guide has
-    none in closed form, or with the prior's. ``num_steps`` of Adam improve it on the ELBO, whose
-    best value the approximation gap asks for, and as many on IWAE-k′; the evidence is IWAE-k of
-    the last. Gradients are the doubly reparameterised ones, which vanish where q* is exact.
+    Each q* starts with the guide's mean and standard deviations (and covariances, if it is to have
+    any), with those of draws where the guide has none in closed form, or with the prior's.
+    ``num_steps`` of Adam improve it on the ELBO, whose best value the approximation gap asks for,
+    and as many on IWAE-k′; the evidence is IWAE-k of the last. Gradients are the doubly
+    reparameterised ones, which vanish where q* is exact.
 
     .. math:: \underbrace{\log p(x) - L_q}_{\text{inference}} =
         \underbrace{\log p(x) - L_{q^*}}_{\text{approximation}} +
@@ -235,7 +236,7 @@ def iw_svi(
         x: Examples [N, \*event].
         num_particles: k.
         num_steps: Gradient steps of each of the two.
-        train_particles: k′.
+        train_particles: k′, and the draws of each step on the ELBO.
         learning_rate: Of Adam, in units of the starting standard deviations of each example; it
             falls to zero along a cosine.
         covariance: Of q*.
@@ -281,10 +282,11 @@ def iw_svi(
                 exact = exact and has_exact_density(q)
                 if exact:
                     own.append(_weigh(joint, q, part, num_particles, chunk_size))
-                loc, scale = _moments(q)
-            gaussian = _Gaussians(loc, scale, covariance)
-            for num, sums in ((1, best), (train_particles, evidence)):
-                gaussian.improve(joint, part, num, num_steps, learning_rate)
+                gaussian = _Gaussians(q, covariance == "full")
+            for importance, sums in ((False, best), (True, evidence)):
+                gaussian.improve(
+                    joint, part, train_particles, num_steps, learning_rate, importance=importance
+                )
                 with torch.no_grad():
                     q = gaussian.distribution()
                     sums.append(_weigh(joint, q, part, num_particles, chunk_size))
@@ -302,46 +304,57 @@ def iw_svi(
 
 
 class _Gaussians:
-    """A Gaussian for each example, in coordinates where the one that it starts at is N(0, I)."""
+    """A Gaussian for each example, in coordinates where the one that it starts at is N(0, I).
 
-    def __init__(self, loc: Tensor, scale: Tensor, covariance: str) -> None:
-        self.loc, self.scale = loc, scale
-        self.shift = torch.zeros_like(loc, requires_grad=True)
-        self.log_scale = torch.zeros_like(loc, requires_grad=True)
-        self.parameters = [self.shift, self.log_scale]
-        self.below: Tensor | None = None
-        if covariance == "full":
-            d = loc.shape[-1]
-            self.below = loc.new_zeros((*loc.shape, d)).requires_grad_()
-            self.parameters.append(self.below)
+    Args:
+        q: Where they start: its moments, with its covariances if the family has any.
+        full: Whether the family has covariances.
+    """
+
+    def __init__(self, q: Any, full: bool) -> None:
+        self.loc, scale = _moments(q)
+        self.full = full
+        self.start = scale
+        if full:
+            tril = getattr(q, "scale_tril", None)
+            self.start = torch.diag_embed(scale) if tril is None else tril.clone()
+        self.shift = torch.zeros_like(self.loc, requires_grad=True)
+        self.log_scale = torch.zeros_like(self.loc, requires_grad=True)
+        self.below = torch.zeros_like(self.start, requires_grad=True)
+        self.parameters = [self.shift, self.log_scale, *([self.below] if full else [])]
 
     def distribution(self) -> Any:
-        loc = self.loc + self.scale * self.shift
-        scale = self.scale * self.log_scale.exp()
-        if self.below is None:
-            return Normal(loc, scale, validate_args=False).to_event(1)
-        tril = self.scale.unsqueeze(-1) * (
-            self.below.tril(-1) + torch.diag_embed(self.log_scale.exp())
-        )
+        scale = self.log_scale.exp()
+        if not self.full:
+            loc = self.loc + self.start * self.shift
+            return Normal(loc, self.start * scale, validate_args=False).to_event(1)
+        loc = self.loc + (self.start @ self.shift.unsqueeze(-1)).squeeze(-1)
+        tril = self.start @ (self.below.tril(-1) + torch.diag_embed(scale))
         return MultivariateNormal(loc, scale_tril=tril, validate_args=False)
 
-    def fixed(self) -> Any:
-        """Return the distribution without a gradient to its parameters."""
-        with torch.no_grad():
-            return self.distribution()
-
     def improve(
-        self, joint: Joint, x: Tensor, num_particles: int, num_steps: int, learning_rate: float
+        self,
+        joint: Joint,
+        x: Tensor,
+        num_particles: int,
+        num_steps: int,
+        learning_rate: float,
+        *,
+        importance: bool,
     ) -> None:
-        """Take steps of Adam on IWAE-k′; examples do not touch each other."""
+        """Take steps of Adam on the ELBO or on IWAE-k′; examples do not touch each other."""
         adam = torch.optim.Adam(self.parameters, learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
         with torch.enable_grad():
             for _ in range(num_steps):
                 z = self.distribution().rsample((num_particles,))
-                log_w = joint.log_likelihood(z, x) + joint.log_prior(z) - self.fixed().log_prob(z)
-                share = log_w.detach().softmax(0)
-                loss = -(share.square() * log_w).sum()
+                with torch.no_grad():
+                    fixed = self.distribution()  # no gradient to its parameters
+                log_w = joint.log_likelihood(z, x) + joint.log_prior(z) - fixed.log_prob(z)
+                if importance:
+                    loss = -(log_w.detach().softmax(0).square() * log_w).sum()
+                else:
+                    loss = -log_w.mean(0).sum()
                 gradients = torch.autograd.grad(loss, self.parameters)
                 for parameter, gradient in zip(self.parameters, gradients, strict=True):
                     # An example whose gradient is not finite stays where it is.
@@ -597,7 +610,8 @@ def marginal_kl(
         for columns in chunks(num, width):
             q = posterior(guide, x[columns], joint)
             for part in chunks(num_samples, max(1, chunk_size // width)):
-                log_prob = q.expand(q.batch_shape).log_prob(z[part].unsqueeze(1)).double()
+                points = z[part].unsqueeze(1).expand(-1, len(x[columns]), -1)
+                log_prob = q.expand(q.batch_shape).log_prob(points).double()
                 log_q[part] = torch.logaddexp(log_q[part], log_prob.logsumexp(1))
         log_q -= math.log(num)
         log_prior = joint.log_prior(z).double()
