@@ -1,17 +1,27 @@
 """The networks: shapes, formulas, and where they start."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from pyro_vae.guides import Gaussian
 from pyro_vae.nn import (
     MLP,
+    ConvDecoder,
+    ConvEncoder,
+    GRAEDecoder,
+    GRAEEncoder,
     JointDiscriminator,
+    MLPDecoder,
+    MLPEncoder,
     NoiseBasis,
     ResidualDiscriminator,
     TwoTowerDiscriminator,
+    _SameConv2d,
+    _SameConvTranspose2d,
     weight_norm_cap,
 )
 
@@ -325,3 +335,173 @@ def test_cap_is_put_on_once():
     capped = weight_norm_cap(MLP(3, 2, (4,)), 1.0)
     with pytest.raises(ValueError, match="found a ParametrizedLinear that is; cap a network once"):
         weight_norm_cap(capped, 0.5)
+
+
+# --- encoders and decoders ------------------------------------------------------------------------
+
+ENCODERS = {
+    "MLP image": (lambda: MLPEncoder((2, 3, 4), 7, (8,)), (2, 3, 4)),
+    "MLP vector": (lambda: MLPEncoder((6,), 7), (6,)),
+    "convolutional": (lambda: ConvEncoder((2, 8, 12), 7, (4, 5)), (2, 8, 12)),
+    "convolutional plain": (lambda: ConvEncoder((1, 28, 28), 7, batch_norm=False), (1, 28, 28)),
+    "GRAE": (lambda: GRAEEncoder("mnist"), (1, 28, 28)),
+}
+DECODERS = {
+    "MLP image": (lambda: MLPDecoder(3, (2, 3, 4), (8,)), (2, 3, 4)),
+    "MLP vector": (lambda: MLPDecoder(3, (6,)), (6,)),
+    "convolutional": (lambda: ConvDecoder(3, (2, 8, 12), (5, 4)), (2, 8, 12)),
+    "convolutional plain": (lambda: ConvDecoder(3, (2, 28, 28), batch_norm=False), (2, 28, 28)),
+    "GRAE": (lambda: GRAEDecoder(3, "mnist", num_params=2), (2, 28, 28)),
+}
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder_case(request, dtype, device):
+    make, shape = ENCODERS[request.param]
+    return make().to(device, dtype), torch.rand(4, *shape, dtype=dtype, device=device)
+
+
+@pytest.fixture(params=DECODERS)
+def decoder_case(request, dtype, device):
+    make, shape = DECODERS[request.param]
+    return make().to(device, dtype), shape
+
+
+def test_encoders_take_rows(encoder_case):
+    encoder, x = encoder_case
+    features = encoder.eval()(x)
+    assert features.dtype == x.dtype
+    assert features.dim() == 2
+    rows = torch.cat([encoder(x[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(features, rows)
+    assert features.std(0).min() > 0
+
+
+def test_decoders_take_any_batch(decoder_case, dtype, device):
+    decoder, shape = decoder_case
+    decoder.eval()
+    z = torch.randn(2, 4, 3, dtype=dtype, device=device)
+    out = decoder(z)
+    assert out.dtype == dtype
+    assert out.shape == (2, 4, *shape)
+    torch.testing.assert_close(out[1, 2], decoder(z[1, 2]))
+    assert out.std((0, 1)).min() > 0
+
+
+def test_guides_take_the_encoders(encoder_case):
+    encoder, x = encoder_case
+    num = getattr(encoder, "out_features", None)
+    guide = Gaussian(encoder, 3, num_features=num).to(x)
+    assert guide.get_posterior(x).batch_shape == (4,)
+
+
+def test_gradients_reach_all_of_an_encoder(encoder_case):
+    encoder, x = encoder_case
+    x.requires_grad_()
+    encoder(x).square().sum().backward()
+    for name, tensor in {"input": x, **dict(encoder.named_parameters())}.items():
+        assert tensor.grad.abs().sum() > 1e-8, name
+
+
+def test_gradients_reach_all_of_a_decoder(decoder_case, dtype, device):
+    decoder, _ = decoder_case
+    z = torch.randn(4, 3, dtype=dtype, device=device, requires_grad=True)
+    decoder(z).square().sum().backward()
+    for name, tensor in {"input": z, **dict(decoder.named_parameters())}.items():
+        assert tensor.grad.abs().sum() > 1e-8, name
+
+
+def check_saves(network, value):
+    twin = copy.deepcopy(network)
+    network(value)  # moves batch statistics, if there are
+    for param in twin.parameters():
+        nn.init.zeros_(param)
+    twin.load_state_dict(network.state_dict())
+    assert torch.equal(twin.eval()(value), network.eval()(value))
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
+        assert torch.equal(twin.train()(value), network(value))
+
+
+def test_encoders_save(encoder_case):
+    check_saves(*encoder_case)
+
+
+def test_decoders_save(decoder_case, dtype, device):
+    check_saves(decoder_case[0], torch.randn(4, 3, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden"),
+    [(28, (8, 8)), (32, (8, 8, 8)), (64, (8,) * 4), (64, (8,) * 6)],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_convolutional_sizes(size, hidden, channels):
+    shape = (channels, size, size)
+    assert ConvEncoder(shape, 5, hidden).eval()(torch.rand(2, *shape)).shape == (2, 5)
+    assert ConvDecoder(4, shape, hidden).eval()(torch.randn(2, 4)).shape == (2, *shape)
+
+
+@pytest.mark.parametrize("make", [partial(ConvEncoder, out_dim=3), partial(ConvDecoder, 3)])
+def test_convolutional_sizes_that_do_not_halve(make):
+    name = "event_shape" if make.func is ConvEncoder else "out_shape"
+    with pytest.raises(ValueError, match=rf"{name}: .* by 8, as 3 layers halve .*found 28 × 28"):
+        make(**{name: (1, 28, 28), "hidden_dims": (8, 8, 8)})
+    with pytest.raises(ValueError, match=rf"{name} must be \(C, H, W\), found \(28, 28\)"):
+        make(**{name: (28, 28)})
+
+
+def test_grae_architectures_are_those_of_the_appendix():
+    """Channels, kernels, strides, and the sizes that they lead to, without computing any."""
+    layers = {
+        "mnist": (4, [(1, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2), (512, 512, 1)]),
+        "celeba": (5, [(3, 128, 1), (128, 256, 2), (256, 512, 2), (512, 1024, 2), (1024, 1024, 2)]),
+    }
+    ups = {
+        "mnist": [(256, 512, 1), (512, 256, 1), (256, 128, 2), (128, 64, 2)],
+        "celeba": [(512, 1024, 1), (1024, 512, 2), (512, 256, 2), (256, 128, 2)],
+    }
+    shapes = {"mnist": (1, 28, 28), "celeba": (3, 64, 64)}
+    sizes = {"mnist": [28, 14, 7, 4, 4], "celeba": [64, 32, 16, 8, 4]}
+    for name, shape in shapes.items():
+        with torch.device("meta"):
+            encoder, decoder = GRAEEncoder(name), GRAEDecoder(12, name)
+            x, found = torch.empty(2, *shape), []
+            for layer in encoder:
+                x = layer(x)
+                if isinstance(layer, nn.Conv2d):
+                    found.append(x.shape[-1])
+            assert x.shape == (2, encoder.out_features)
+            assert decoder(torch.empty(3, 2, 12)).shape == (3, 2, *shape)
+        assert found == sizes[name]
+        kernel, expected = layers[name]
+        convs = [layer for layer in encoder if isinstance(layer, nn.Conv2d)]
+        assert [(c.in_channels, c.out_channels, c.stride[0]) for c in convs] == expected
+        transposed = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
+        assert [(c.in_channels, c.out_channels, c.stride[0]) for c in transposed] == ups[name]
+        last = decoder.layers[-1]
+        assert (last.in_channels, last.out_channels) == (ups[name][-1][1], shape[0])
+        assert {c.kernel_size for c in (*convs, *transposed, last)} == {(kernel, kernel)}
+        normed = [sum(isinstance(m, nn.BatchNorm2d) for m in n) for n in (encoder, decoder.layers)]
+        assert normed == [5, 4]
+
+
+def test_transposed_convolution_is_the_adjoint_of_the_convolution(dtype, device):
+    """〈conv x, y〉 = 〈x, convT y〉: the crop is where the padding was."""
+    for kernel, stride in ((4, 1), (4, 2), (5, 1), (5, 2)):
+        conv = _SameConv2d(2, 3, kernel, stride, bias=False).to(device, dtype)
+        up = _SameConvTranspose2d(3, 2, kernel, stride, bias=False).to(device, dtype)
+        up.weight.data = conv.weight.data
+        x = torch.randn(1, 2, 6, 8, dtype=dtype, device=device)
+        y = torch.randn(1, 3, 6 // stride, 8 // stride, dtype=dtype, device=device)
+        torch.testing.assert_close((conv(x) * y).sum(), (x * up(y)).sum())
+
+
+def test_unknown_grae_architecture():
+    for make in (GRAEEncoder, partial(GRAEDecoder, 3)):
+        with pytest.raises(ValueError, match=r"one of \['celeba', 'mnist'\], found 'cifar'"):
+            make("cifar")
+
+
+def test_cap_takes_convolutional_encoders():
+    encoder = weight_norm_cap(ConvEncoder((1, 8, 8), 3, (4, 4)), 0.5)
+    assert encoder(torch.rand(4, 1, 8, 8)).shape == (4, 3)

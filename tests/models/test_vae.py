@@ -356,6 +356,7 @@ def test_compiled_steps_are_those_of_plain_pyro():
     assert compiled == pytest.approx(plain, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_batch_statistics_move_in_captured_steps(monkeypatch):
     """Buffers of a decoder with batch normalisation are those of plain steps."""
     monkeypatch.setattr("pyro_vae.player.compile_graph", lambda graph, inputs: (graph, False))
@@ -381,6 +382,8 @@ def test_batch_statistics_move_in_captured_steps(monkeypatch):
 def test_under_guides_without_a_gaussian(kind):
     torch.manual_seed(0)
     model = image(Bernoulli())
+    discriminator = ResidualDiscriminator(D, 16, 1, x_dim=math.prod(IMAGE))
+    small = {"noise_dim": 4, "hidden_dims": (16,), "discriminator": discriminator}
     make = {
         "Flow": partial(Flow, transforms=2, hidden_features=(8,)),
         "Implicit": partial(Implicit, **small),
