@@ -168,8 +168,8 @@ class TrainingConfig:
         num_epochs: Times that all data are seen, at most.
         batch_size: Examples of a step, in each process.
         lr: Adam's learning rate at the start.
-        final_lr: The learning rate at the end, reached by exponential decay, as for the
-            amortised inference regularisation paper; ``lr`` by default: no decay.
+        final_lr: The learning rate at the end, reached by exponential decay, as in the paper on
+            amortised inference regularisation; null for no decay.
         clip_norm: Bound on the norm of all gradients together.
         adversary_lr: Learning rate of a discriminator, where there is one.
         num_adversary_steps: Its steps for each of the guide's.
@@ -188,9 +188,9 @@ class TrainingConfig:
     """
 
     num_epochs: int = 150
-    batch_size: int = 128
-    lr: float = 1e-3
-    final_lr: float | None = None
+    batch_size: int = 64
+    lr: float = 3e-3
+    final_lr: float | None = 3e-4
     clip_norm: float | None = None
     adversary_lr: float = 1e-3
     num_adversary_steps: int = 1

@@ -49,7 +49,8 @@ def discriminator() -> nn.Module:
 LOSSES: dict[str, Callable] = {
     "BetaVAE": BetaVAE_ELBO,
     "BetaVAE, schedule": lambda: BetaVAE_ELBO(KLSchedule(n_steps_kl_warmup=4, min_kl_weight=0.1)),
-    "BetaVAE, free bits": lambda: BetaVAE_ELBO(free_bits=0.3),
+    # between the KL of the halves: in one of them nothing is to be learned
+    "BetaVAE, free bits": lambda: BetaVAE_ELBO(free_bits=0.237),
     "InfoVAE, MMD": lambda: InfoVAE_ELBO(0.5, 20.0),
     "InfoVAE, biased MMD": lambda: InfoVAE_ELBO(0.5, 20.0, MMD("imq", unbiased=False)),
     "InfoVAE, particles": lambda: InfoVAE_ELBO(
@@ -152,9 +153,9 @@ class SharedNoise:
         def standard_normal(shape, dtype, device):  # type: ignore[no-untyped-def]
             return self.normal(shape, dtype)
 
-        def sample(self_, sample_shape=torch.Size()):  # type: ignore[no-untyped-def]
+        def sample(self_, sample_shape=()):  # type: ignore[no-untyped-def]
             with torch.no_grad():
-                return self_.rsample(sample_shape)
+                return self_.rsample(torch.Size(sample_shape))
 
         normal._standard_normal = multivariate._standard_normal = standard_normal
         normal.Normal.sample = sample
