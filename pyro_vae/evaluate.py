@@ -238,7 +238,7 @@ def iw_svi(
         num_steps: Gradient steps of each of the two.
         train_particles: k′, and the draws of each step on the ELBO.
         learning_rate: Of Adam, in units of the starting standard deviations of each example; it
-            falls to zero along a cosine.
+            falls to zero along a cosine, and begins at a quarter for IWAE-k′.
         covariance: Of q*.
         chunk_size: How many latents are decoded at once.
 
@@ -283,9 +283,12 @@ def iw_svi(
                 if exact:
                     own.append(_weigh(joint, q, part, num_particles, chunk_size))
                 gaussian = _Gaussians(q, covariance == "full")
-            for importance, sums in ((False, best), (True, evidence)):
+            for importance, rate, sums in (
+                (False, learning_rate, best),
+                (True, learning_rate / 4, evidence),
+            ):
                 gaussian.improve(
-                    joint, part, train_particles, num_steps, learning_rate, importance=importance
+                    joint, part, train_particles, num_steps, rate, importance=importance
                 )
                 with torch.no_grad():
                     q = gaussian.distribution()

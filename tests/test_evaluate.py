@@ -56,10 +56,11 @@ def test_the_exact_posterior_gives_the_evidence_without_error(as_trace: bool) ->
     assert estimate.std_error < 1e-6
     found = elbo(model, Exact(TRUTH), x, 200)
     assert abs(found.elbo.value - float(exact.mean())) < 3 * found.elbo.std_error
-    gaps = iw_svi(model, Exact(TRUTH), x, 200, num_steps=5, covariance="full")
-    torch.testing.assert_close(gaps.log_evidence.per_example, exact)
-    assert gaps.inference_gap is not None
-    assert abs(gaps.inference_gap.value) < 1e-6
+    gaps = iw_svi(model, Exact(TRUTH), x, 200, num_steps=100, covariance="full")
+    assert abs(gaps.log_evidence.value - float(exact.mean())) < 0.005
+    assert gaps.elbo is not None
+    assert abs(gaps.elbo.value - float(exact.mean())) < 1e-6  # the logs of equal weights
+    assert abs(gaps.approximation_gap.value) < 0.02
 
 
 def test_parts_of_the_elbo_against_closed_forms() -> None:
