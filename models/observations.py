@@ -381,11 +381,11 @@ class _LocationScale(Observation):
         self.raw_scale = nn.Parameter(torch.zeros(())) if scale == "learned" else None
 
     def _loc_scale(self, params: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
-        loc, *raw = self._chunk(params, event_dim)
-        if not raw and self.raw_scale is None:
-            return loc, loc.new_tensor(self.scale)
-        unbounded = raw[0] if raw else self.raw_scale
-        return loc, self.min_scale + softplus(unbounded + self._offset)
+        loc, *of_pixels = self._chunk(params, event_dim)
+        raw = of_pixels[0] if of_pixels else self.raw_scale
+        if raw is None:
+            return loc, loc.new_full((), self.scale)
+        return loc, self.min_scale + softplus(raw + self._offset)
 
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""

@@ -162,8 +162,8 @@ class PixelCNN(nn.Module):
         Args:
             z: Latents [\*, d].
             observation: What the parameters are those of.
-            cached: Whether to keep what the layers made of the pixels before: the whole costs about
-                as much as one pass, where without it is a pass for each element.
+            cached: Whether to keep what the layers made of the pixels before: the whole then takes
+                as many operations as one pass; without, a pass for each element.
         """
         channels, height, width = self.event_shape
         rows = z.reshape(-1, self.latent_dim)
@@ -234,11 +234,11 @@ class _GatedLayer(nn.Module):
         last: bool,
     ) -> None:
         super().__init__()
-        self.half = kernel_size // 2
+        self.reach = kernel_size // 2
         # The vertical stack's first layer sees the rows above, the others what is made of them.
         self.above = int(first)
-        self.vertical = nn.Conv2d(ins, 2 * p, (self.half + 1, kernel_size))
-        self.horizontal = _MaskedConv2d(ins, 2 * p, self.half + 1, channels, strict=first)
+        self.vertical = nn.Conv2d(ins, 2 * p, (self.reach + 1, kernel_size))
+        self.horizontal = _MaskedConv2d(ins, 2 * p, self.reach + 1, channels, strict=first)
         self.across = nn.Conv2d(2 * p, 2 * p, 1)
         # The last layer's vertical stack goes into the horizontal one, and no further.
         self.on_vertical = None if last else nn.Conv2d(condition_dim, 2 * p, 1, bias=False)
@@ -255,12 +255,12 @@ class _GatedLayer(nn.Module):
         """Return the horizontal stack; h has a margin to the left."""
         own = self.horizontal(h) + self.across(before) + self.on_horizontal(s)
         out = self.residual(_gate(own))
-        return out + h[..., self.half :] if self.skips else out
+        return out + h[..., self.reach :] if self.skips else out
 
     def forward(self, v: Tensor, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        v = pad(v, (self.half, self.half, self.half + self.above, 0))
+        v = pad(v, (self.reach, self.reach, self.reach + self.above, 0))
         before, after = self.rows(v[:, :, : v.shape[2] - self.above], s)
-        return after, self.pixels(pad(h, (self.half, 0)), before, s)
+        return after, self.pixels(pad(h, (self.reach, 0)), before, s)
 
 
 def _gate(x: Tensor) -> Tensor:
@@ -276,41 +276,41 @@ class _Cache:
         self.s = s
         self.layers: list[_GatedLayer] = list(decoder.layers)  # type: ignore[arg-type]
         num, _, height, width = s.shape
-        half = self.layers[0].half
+        reach = self.layers[0].reach
         sizes = [layer.vertical.in_channels for layer in self.layers]
         # With the margins that the convolutions want: above and beside; to the left.
-        self.vertical = [s.new_zeros(num, k, height + half + 1, width + 2 * half) for k in sizes]
-        self.horizontal = [s.new_zeros(num, k, 1, width + half) for k in sizes]
+        self.vertical = [s.new_zeros(num, k, height + reach + 1, width + 2 * reach) for k in sizes]
+        self.horizontal = [s.new_zeros(num, k, 1, width + reach) for k in sizes]
         self.before: list[Tensor] = []
 
     def start_row(self, x: Tensor, i: int) -> None:
         """Run the vertical stack for row i, whose rows above are settled."""
-        half = self.layers[0].half
+        reach = self.layers[0].reach
         if i:
-            self.vertical[0][:, :, half + i, half:-half] = _centred(x[:, :, i - 1])
+            self.vertical[0][:, :, reach + i, reach:-reach] = _centred(x[:, :, i - 1])
         s = self.s[:, :, i : i + 1]
         self.before = []
         for k, layer in enumerate(self.layers):
-            # Margins of half + 1 rows: the first layer's row i ends one above row i.
-            window = self.vertical[k][:, :, i + 1 - layer.above : i + half + 2 - layer.above]
+            # Margins of reach + 1 rows: the first layer's row i ends one above row i.
+            window = self.vertical[k][:, :, i + 1 - layer.above : i + reach + 2 - layer.above]
             before, after = layer.rows(window, s)
             self.before.append(before)
             if k + 1 < len(self.layers):
-                self.vertical[k + 1][:, :, i + half + 1, half:-half] = after[:, :, 0]
+                self.vertical[k + 1][:, :, i + reach + 1, reach:-reach] = after[:, :, 0]
         for h in self.horizontal:
             h.zero_()
 
     def pixel(self, x: Tensor, i: int, j: int) -> Tensor:
         """Return the parameters at pixel (i, j), given those before it."""
-        half = self.layers[0].half
+        reach = self.layers[0].reach
         s = self.s[:, :, i : i + 1, j : j + 1]
         if j:  # settled since; what deeper layers made of it saw no more than those before it
-            self.horizontal[0][..., half + j - 1 : half + j] = _centred(
+            self.horizontal[0][..., reach + j - 1 : reach + j] = _centred(
                 x[..., i : i + 1, j - 1 : j]
             )
         out = _centred(x[..., i : i + 1, j : j + 1])
         for k, layer in enumerate(self.layers):
-            self.horizontal[k][..., half + j : half + j + 1] = out
-            window = self.horizontal[k][..., j : j + half + 1]
+            self.horizontal[k][..., reach + j : reach + j + 1] = out
+            window = self.horizontal[k][..., j : j + reach + 1]
             out = layer.pixels(window, self.before[k][..., j : j + 1], s)
         return self.decoder.output(out)

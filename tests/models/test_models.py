@@ -259,7 +259,9 @@ def run(name, values, args):
 
 
 def test_every_model_is_tested():
-    assert set(CASES) == set(models.__all__)
+    """The modules in test_vae.py and test_observations.py."""
+    functions = {name for name in models.__all__ if not isinstance(getattr(models, name), type)}
+    assert set(CASES) == functions
 
 
 @pytest.mark.parametrize("name", CASES)
