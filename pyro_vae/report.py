@@ -22,6 +22,7 @@ from . import evaluate
 from ._version import __version__
 from .joint import Estimate, Joint, chunks, evaluation_mode, has_exact_density, posterior
 from .mcmc import HMC
+from .pictures import draw_grid
 
 if TYPE_CHECKING:
     from .data import Data
@@ -49,7 +50,7 @@ def report(
     svi_particles: int = 1000,
     svi_steps: int = 150,
     ais_examples: int = 50,
-    ais_temperatures: int = 300,
+    ais_temperatures: int = 200,
     ais_chains: int = 5,
     aggregate_examples: int = 10_000,
     marginal_samples: int = 2000,
@@ -446,25 +447,13 @@ def plot_reconstructions(x: Tensor, x_hat: Tensor) -> Figure:
 
 
 def _pictures(rows: list[Tensor], columns: int, labels: tuple[str, ...] = ("samples",)) -> Figure:
-    arrays = [row.detach().cpu().double().numpy() for row in rows]
-    if arrays[0].ndim != 4:
-        return _vectors([array.reshape(len(array), -1) for array in arrays], labels)
-    images = np.concatenate(arrays)
-    _, channels, height, width = images.shape
-    low, high = min(0.0, float(images.min())), max(1.0, float(images.max()))
-    images = ((images - low) / (high - low)).transpose(0, 2, 3, 1)
-    if channels != 3:
-        images = images[..., :1]
-    lines = math.ceil(len(images) / columns)
-    canvas = np.ones((lines * (height + 1) - 1, columns * (width + 1) - 1, images.shape[-1]))
-    for index, image in enumerate(images):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        canvas[top : top + height, left : left + width] = image
-    figure = Figure(figsize=(0.6 * columns, 0.6 * lines * height / width), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(canvas if channels == 3 else canvas[..., 0], cmap="gray", vmin=0, vmax=1)
-    axis.set_axis_off()
-    return figure
+    if rows[0].dim() != 4:
+        return _vectors([row.detach().cpu().double().flatten(1).numpy() for row in rows], labels)
+    images = torch.cat(rows)
+    low, high = images.min().clamp(max=0), images.max().clamp(min=1)
+    if images.shape[1] != 3:
+        images = images[:, :1]
+    return draw_grid((images - low) / (high - low), columns)
 
 
 def _vectors(arrays: list[NDArray], labels: tuple[str, ...]) -> Figure:
