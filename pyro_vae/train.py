@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
@@ -182,7 +183,8 @@ class LightningELBO(LightningModule):
         model: A Pyro model, a module.
         guide: A Pyro guide, a module.
         loss: The loss.
-        example: Some rows of data, with which the players' parameters are told apart.
+        example: Some rows of data: the loss is evaluated once, to find what does not fit before
+            the first step, and to tell the players' parameters apart.
         optim: A function from parameters to a torch optimiser; Adam at 1e-3 by default.
         adversary_optim: The same for the adversary; Adam at 1e-3 with β₁ = 0.5 by default.
         num_adversary_steps: Steps of the adversary for each of the guide's.
@@ -269,6 +271,8 @@ class LightningELBO(LightningModule):
         self.num_steps_done = 0
         self.sums = {"loss": 0.0, "adversary_loss": 0.0, "count": 0.0}  # of this epoch
         with _undone(self):
+            # Once with Pyro's validation, if it is on; steps go without, which is quicker.
+            loss.loss(model, guide, example)
             self.has_exact_density = not has_learned_density(guide, example)
             adversarial = getattr(loss, "needs_adversary", False) or not self.has_exact_density
             theirs = _shown(loss.adversary, model, guide, example) if adversarial else []
@@ -308,14 +312,15 @@ class LightningELBO(LightningModule):
         factor = 1.0
         if self.num_steps is not None:
             factor = self.schedule(min(self.num_steps_done / self.num_steps, 1.0))
-        claim = math.nan
-        if len(self._players) > 1:
-            for _ in range(self.num_adversary_steps):
-                claim = self._step(self._players[1], optimizers[1], x, factor, None)
-        value = self._step(self._players[0], optimizers[0], x, factor, self.clip_norm)
+        claim = 0.0
+        with pyro.validation_enabled(False):
+            if len(self._players) > 1:
+                for _ in range(self.num_adversary_steps):
+                    claim = self._step(self._players[1], optimizers[1], x, factor, None)
+            value = self._step(self._players[0], optimizers[0], x, factor, self.clip_norm)
         self.num_steps_done += 1
         self.sums["loss"] += value
-        self.sums["adversary_loss"] += claim if len(self._players) > 1 else 0.0
+        self.sums["adversary_loss"] += claim
         self.sums["count"] += 1
         if self._trainer is not None and self.num_steps_done % LOG_EVERY == 0:
             rate = optimizers[0].param_groups[0]["lr"]

@@ -75,6 +75,10 @@ def checkpoint_of(path):
     return torch.load(path / "last.ckpt", weights_only=True)
 
 
+def log_of(path):
+    return list(csv.DictReader((path / "log.csv").read_text().splitlines()))
+
+
 def assert_same_run(a, b):
     """Weights, optimisers, the best weights and the log, to the bit."""
     one, two = checkpoint_of(a), checkpoint_of(b)
@@ -217,7 +221,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     random = torch.get_rng_state()
     run = train(small(num_epochs=40, validate_every=10, lr=1e-2, picture_every=20), tmp_path)
     assert torch.equal(torch.get_rng_state(), random)
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    rows = log_of(tmp_path)
     assert [int(row["epoch"]) for row in rows] == list(range(1, 41))
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 5
     bounds = [float(row["val_iwae"]) for row in rows if row["val_iwae"]]
@@ -323,7 +327,7 @@ def test_training_stops_when_validation_no_longer_improves(tmp_path):
     # nothing is learned: the learning rate is next to nothing
     config = small(num_epochs=50, validate_every=1, patience=2, lr=1e-12, final_lr=None)
     train(config, tmp_path)
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    rows = log_of(tmp_path)
     assert 3 <= len(rows) < 50
 
 
@@ -410,7 +414,7 @@ def test_two_processes_under_lightning(guide, loss, options, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((out / "log.csv").open()))
+    rows = log_of(out)
     assert [int(row["step"]) for row in rows] == [4 * k for k in range(1, 11)]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert open_run(out).model.sample(1).isfinite().all()
@@ -494,6 +498,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(trained, monkeypatch):
     assert checkpoint_of(out)["num_steps_done"] == 16
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_left_as_it_was(tmp_path):
     """A limit of the system's own, met in the middle of torch.save."""
     script = tmp_path / "script.py"
