@@ -590,6 +590,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def state_of(checkpoint: Any, path: Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint."""
+    found = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"checkpoint {str(path)!r} holds no weights, expected a 'state_dict'")
+    return found
+
+
 def check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
     """Raise a ValueError for the first tensor in which a file and an architecture differ."""
     for name, value in expected.items():
@@ -696,9 +704,12 @@ def open_run(path: str | Path, weights: Literal["best", "last"] = "best") -> Run
     path = Path(path)
     config = read_config(path / CONFIG)
     file = path / (BEST if weights == "best" else LAST)
-    found = read_weights(file) if weights == "best" else read_checkpoint(file)["state_dict"]
-    with torch.random.fork_rng(devices=[]):  # the weights that are drawn make room for these
-        model, guide, loss = build(config)
+    found = read_weights(file) if weights == "best" else state_of(read_checkpoint(file), file)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights that are drawn make room for these
+            model, guide, loss = build(config)
+    except ValueError as error:
+        raise ValueError(f"{str(path / CONFIG)!r}: {error}") from error
     load_weights(model, guide, loss, found, file)
     for module in (model, guide, loss):
         module.eval()

@@ -51,6 +51,7 @@ from .runs import (
     read_config,
     save_weights,
     settle,
+    state_of,
     weights_of,
     write_config,
 )
@@ -691,7 +692,7 @@ def train(
         found = None
         if resume and (out / LAST).exists():
             found = out / LAST
-            check_same(read_checkpoint(found)["state_dict"], module.state_dict(), found)
+            check_same(state_of(read_checkpoint(found), found), module.state_dict(), found)
         check_writable(out)
         if owner:
             write_config(config, out / CONFIG)

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import yaml
 
 from pyro_vae import cli
 from pyro_vae.compare import GUIDES
@@ -372,3 +373,126 @@ def test_eight_schools_from_end_to_end(tmp_path):
         mass = float((posterior["tau"] > 0).mean())
         if label in ("hmc", "flow"):
             assert 0.4 < mass < 0.6
+
+
+# --- train, sample, traverse ----------------------------------------------------------------------
+
+QUICK = [
+    "--training.num_epochs=2",
+    "--training.validate_every=1",
+    "--training.picture_every=0",
+    "--data.train_size=128",
+    "--model.hidden_dims=[8]",
+    "--model.latent_dim=2",
+]
+
+
+def test_train_sample_and_traverse(tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--loss", "InfoVAE_ELBO", "--loss.lambda_", "1e2", "--loss.divergence", "Stein"]
+    options += ["--loss.divergence.kernel", "imq", "--guide", "flow", "--data", "digits"]
+    assert run("train", "--out", out, *options, *QUICK) == 0
+    assert "flow × InfoVAE_ELBO on digits" in capsys.readouterr().err
+    found = yaml.safe_load((out / "config.yaml").read_text())
+    assert found["loss"] == {
+        "name": "InfoVAE_ELBO",
+        "options": {"lambda_": 100.0, "divergence": {"name": "Stein", "kernel": "imq"}},
+    }
+    assert found["guide"]["kind"] == "flow"
+    assert found["model"]["hidden_dims"] == [8]
+
+    assert run("sample", out, "--num", 5) == 0
+    with np.load(out / "samples.npz") as samples:
+        shapes = {name: samples[name].shape for name in samples}
+    assert shapes == {"x": (5, 1, 8, 8), "mean": (5, 1, 8, 8), "z": (5, 2)}
+    assert run("traverse", out, "--index", 3, "--out", tmp_path) == 0
+    for picture in (out / "samples.png", tmp_path / "traversals.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_repeated_from_its_configuration(tmp_path):
+    one, two, other = tmp_path / "one", tmp_path / "two", tmp_path / "other"
+    assert run("train", "--out", one, "--loss", "GECO_ELBO", "--loss.tolerance", 0.2, *QUICK) == 0
+    assert run("train", "--config", one / "config.yaml", "--out", two) == 0
+    assert (one / "best.safetensors").read_bytes() == (two / "best.safetensors").read_bytes()
+    assert (one / "config.yaml").read_text() == (two / "config.yaml").read_text()
+    # options over those of the file; those of another loss are not kept
+    config = ["--config", one / "config.yaml", "--out"]
+    assert run("train", *config, other, "--loss.rate", "0.1") == 0
+    found = yaml.safe_load((other / "config.yaml").read_text())["loss"]
+    assert found == {"name": "GECO_ELBO", "options": {"rate": 0.1, "tolerance": 0.2}}
+    assert run("train", *config, tmp_path / "beta", "--loss", "BetaVAE_ELBO") == 0
+    found = yaml.safe_load((tmp_path / "beta/config.yaml").read_text())["loss"]
+    assert found == {"name": "BetaVAE_ELBO", "options": {}}
+
+
+def test_train_resumes(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "--out", out, *QUICK) == 0
+    assert run("train", "--out", out, *QUICK) == 2
+    assert "holds a run already" in last_line(capsys)
+    assert run("train", "--out", out, "--resume", "--training.num_epochs", 3) == 0
+    assert len((out / "log.csv").read_text().splitlines()) == 1 + 3
+    assert run("train", "--out", out, "--resume", "--model.latent-dim", 3) == 2
+    assert "of another architecture" in last_line(capsys)
+    content = (out / "last.ckpt").read_bytes()
+    (out / "last.ckpt").write_bytes(content[:1000])
+    assert run("train", "--out", out, "--resume") == 2
+    assert "last.ckpt' is cut short" in last_line(capsys)
+
+
+def last_line(capsys):
+    """The one line that an error is."""
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("pyro-vae: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modle", "mlp"], "option '--modle' is unknown: did you mean '--model'?"),
+        (["--model.latentdim", "3"], "did you mean '--model.latent_dim'?"),
+        (["--training", "x"], "option --training: expected one of --training.num_epochs"),
+        (["--loss", "InfoVAE"], "did you mean 'InfoVAE_ELBO'?"),
+        (["--loss.alpha", "0"], "'loss.alpha' is unknown"),
+        (["--loss", "GECO_ELBO"], "expected a constraint or a tolerance"),
+        (["--loss"], "option --loss: expected a value"),
+        (["--data", "mnits"], "did you mean 'mnist'?"),
+        (["--data", "two_points", "--model", "conv"], "is for images"),
+        (["--training.batch_size", "1", "--loss", "InfoVAE_ELBO", "--loss.lambda_", "5"], "one"),
+        (["--device", "nonsense"], "device: cannot use 'nonsense'"),
+        (["--config", "nowhere.yaml"], "config: cannot read 'nowhere.yaml'"),
+        (["--resume"], "config: cannot read"),
+        (["--training.num_epochs", "0"], "num_epochs must be at least 1"),
+    ],
+)
+def test_train_says_no_in_one_line(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *options) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_names_the_nearest_key_of_a_file(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text("training: {num_epoch: 3}")
+    assert run("train", "--config", file, "--out", tmp_path / "run") == 2
+    assert "did you mean 'training.num_epochs'?" in last_line(capsys)
+    file.write_text("model: !!python/object/apply:os.mkdir ['trap']")
+    assert run("train", "--config", file, "--out", tmp_path / "run") == 2
+    assert "cannot read" in last_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["sample", "traverse", "evaluate"])
+def test_what_is_no_run_is_said_in_one_line(command, tmp_path, capsys):
+    assert run(command, tmp_path) == 2
+    assert "expected the directory of a run" in last_line(capsys)
+
+
+def test_importing_the_command_line_does_not_import_lightning():
+    code = "import sys, pyro_vae.cli; print([m for m in ('lightning', 'torchvision', 'tensorboard')"
+    code += " if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
