@@ -174,10 +174,17 @@ class _Annealer:
         with torch.no_grad(), _no_validation():
             self._densities = capture(densities, z, x, compile=False)
             state = tuple(self._densities(z, x))
+            graph = self._densities.graph
+            values = [] if graph is None else [node.meta.get("val") for node in graph.graph.nodes]
+            #: How many numbers the largest of its operations is over.
+            self.size = max([z.numel(), *(v.numel() for v in values if isinstance(v, Tensor))])
             inputs = (state, z, z.new_ones((len(x), 1)), scalar, x)
-            self._leapfrog = capture(leapfrog, *inputs, compile=compile)
             uniform = state[1]
-            self._finish = capture(finish, state, state, z, z, uniform, scalar, compile=compile)
+            with one_thread_if_small(
+                self.size, x.device
+            ):  # of which compiled programs have as many
+                self._leapfrog = capture(leapfrog, *inputs, compile=compile)
+                self._finish = capture(finish, state, state, z, z, uniform, scalar, compile=compile)
 
     def start(self, z: Tensor, x: Tensor) -> Any:
         return tuple(self._densities(z, x))
@@ -353,10 +360,10 @@ def ais(
         max(len(x), 1),
     )
     joint = Joint(model, x)
-    size = settings.num_rows * num_chains * max(joint.latent_dim, joint.event_shape.numel())
-    with torch.no_grad(), one_thread_if_small(size, x.device), evaluation_mode(model):
-        found = _forward_chunks(joint, settings.annealer(joint, x), settings, x)
-        runs = [run for _, run, _ in found]
+    with torch.no_grad(), evaluation_mode(model):
+        annealer = settings.annealer(joint, x)
+        with one_thread_if_small(annealer.size, x.device):
+            runs = [run for _, run, _ in _forward_chunks(joint, annealer, settings, x)]
     log_weights, z, accept_prob = (torch.cat(parts, 1) for parts in zip(*runs, strict=True))
     return AIS(_log_mean(log_weights), log_weights, z, accept_prob)
 
@@ -437,18 +444,18 @@ def bdmc(
         max(len(x), 1),
     )
     joint = Joint(model, x)
-    size = settings.num_rows * num_chains * max(joint.latent_dim, joint.event_shape.numel())
-    with torch.no_grad(), one_thread_if_small(size, x.device), evaluation_mode(model):
+    forwards, backwards = [], []
+    with torch.no_grad(), evaluation_mode(model):
         z, x = joint.sample(len(x))
         annealer = settings.annealer(joint, x)
-        forwards, backwards = [], []
-        for rows, run, step_sizes in _forward_chunks(joint, annealer, settings, x):
-            # The forward run knows x alone: its step sizes do not depend on z, given x.
-            start = settings.padded(z[rows]).expand(num_chains + 1, -1, -1).contiguous()
-            batch = settings.padded(x[rows])
-            log_weights = _backward(annealer, batch, start, settings.betas, step_sizes)
-            forwards.append(run.log_weights)
-            backwards.append(log_weights[:, : len(x[rows])])
+        with one_thread_if_small(annealer.size, x.device):
+            for rows, run, step_sizes in _forward_chunks(joint, annealer, settings, x):
+                # The forward run knows x alone: its step sizes do not depend on z, given x.
+                start = settings.padded(z[rows]).expand(num_chains + 1, -1, -1).contiguous()
+                batch = settings.padded(x[rows])
+                log_weights = _backward(annealer, batch, start, settings.betas, step_sizes)
+                forwards.append(run.log_weights)
+                backwards.append(log_weights[:, : len(x[rows])])
     lower = _log_mean(torch.cat(forwards, 1))
     inverse = _log_mean(-torch.cat(backwards, 1))
     assert lower.per_example is not None
