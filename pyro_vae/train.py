@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .checkpoint import replacing
 from .data import Data, dynamic_binarize, import_torchvision
 from .distributed import num_processes
-from .fit import ADVERSARIAL_BETAS, COMPILE_FROM, Schedule, constant, has_learned_density
+from .fit import ADVERSARIAL_BETAS, COMPILE_FROM, Schedule, has_learned_density
 from .losses import DVAE_ELBO, GRAE_ELBO, IWAE_ELBO, KLSchedule
 from .pictures import picture_run, save_figure
 from .player import Player, describe_nonfinite, unconstrained
@@ -88,7 +88,7 @@ def exponential(end: float) -> Schedule:
     """
     if not end > 0:
         raise ValueError(f"end must be positive, found {end}")
-    return lambda progress: end**progress
+    return partial(pow, end)  # and not a lambda, which cannot go to other processes
 
 
 class Batches:
@@ -261,7 +261,7 @@ class LightningELBO(LightningModule):
         self.make_optim = optim or adam
         self.make_adversary_optim = adversary_optim or partial(adam, betas=ADVERSARIAL_BETAS)
         self.num_adversary_steps = num_adversary_steps
-        self.schedule = schedule or constant()
+        self.schedule = schedule or exponential(1.0)
         self.num_steps = num_steps
         self.clip_norm = clip_norm
         self.size = size
