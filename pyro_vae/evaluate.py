@@ -28,6 +28,7 @@ from .joint import (
 )
 from .nn import MLP
 from .terms import _kl_divergence
+from .unconstrained import _no_validation
 
 __all__ = [
     "AIS",
@@ -131,9 +132,9 @@ def elbo(
                 sums.add(torch.stack([log_likelihood - estimate, log_likelihood, estimate, error]))
             parts.append(torch.stack(sums.mean_and_error()))
     (means, errors) = torch.cat(parts, -1)
-    bound, log_likelihood, kl, error = map(Estimate.mean, means, errors)
-    has_error = not torch.isnan(means[3]).any()
-    return ELBO(bound, log_likelihood, kl, error if has_error else None, claimed)
+    bound, likelihood, divergence, square = map(Estimate.mean, means, errors)
+    has_square = not torch.isnan(means[3]).any()
+    return ELBO(bound, likelihood, divergence, square if has_square else None, claimed)
 
 
 @torch.no_grad()
@@ -272,7 +273,9 @@ def iw_svi(
     if covariance not in ("diagonal", "full"):
         raise ValueError(f"covariance must be 'diagonal' or 'full', found {covariance!r}")
     joint = Joint(model, x)
-    evidence, best, own = [], [], []
+    evidence: list[_Weights] = []
+    best: list[_Weights] = []
+    own: list[_Weights] = []
     exact = guide is not None
     with evaluation_mode(model, guide):
         for rows in chunks(len(x), chunk_size // train_particles):
@@ -439,8 +442,9 @@ def _particles(q: Any, num: int, chunk_size: int) -> Iterator[tuple[Tensor, Tens
 
 def _score(joint: Joint, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p(x|z) and the reconstruction error [S, N], NaN where there is no such thing."""
-    likelihood = joint.likelihood(z, x)
-    log_likelihood = likelihood.log_prob(x)
+    with _no_validation():
+        likelihood = joint.likelihood(z, x)
+        log_likelihood = likelihood.log_prob(x)
     none = torch.full_like(log_likelihood, torch.nan)
     if getattr(joint.model, "autoregressive", False):
         return log_likelihood, none
@@ -988,7 +992,10 @@ def svm_error(
         raise ValueError("train: expected labels of at least two classes, found one")
     codes = latents(model, guide, x[rows], mean=True, chunk_size=chunk_size)
     test_codes = latents(model, guide, test_x, mean=True, chunk_size=chunk_size)
-    machine = SVC().fit(codes.cpu().numpy(), y[rows].cpu().numpy())
+    # Which draws from NumPy's global generator unless told otherwise.
+    machine = SVC(random_state=int(torch.randint(1 << 31, ()))).fit(
+        codes.cpu().numpy(), y[rows].cpu().numpy()
+    )
     found = torch.as_tensor(machine.predict(test_codes.cpu().numpy()))
     return _share(found != test_y.cpu())
 

@@ -102,8 +102,8 @@ def report(
         name; ``pictures``; ``seconds``; ``versions``.
 
     Raises:
-        ValueError: For numbers out of range, a directory that cannot be written to, data that do
-            not fit the model.
+        ValueError: For numbers out of range, parameters that are not finite, a directory that
+            cannot be made, data that do not fit the model.
 
     Example:
         >>> import tempfile
@@ -124,12 +124,17 @@ def report(
     """
     settings = {k: v for k, v in locals().items() if k not in ("model", "guide", "data", "out")}
     _check(settings)
+    for who, module in (("model", model), ("guide", guide)):
+        for name, value in _parameters(module):
+            if not value.isfinite().all():
+                raise ValueError(f"the {who}'s {name!r} is not finite: there is nothing to judge")
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out: cannot make the directory {str(out)!r}: {error}") from error
-    like = next((p for p in _parameters(model, guide) if p.is_floating_point()), data.test.x)
+    tensors = (value for _, value in (*_parameters(model), *_parameters(guide)))
+    like = next((value for value in tensors if value.is_floating_point()), data.test.x)
     data = data.to(device=like.device, dtype=like.dtype)
     devices = [like.device] if like.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), evaluation_mode(model, guide):
@@ -181,11 +186,10 @@ def _check(settings: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be at least {smallest}, found {settings[name]}")
 
 
-def _parameters(*objects: object) -> Iterator[Tensor]:
-    for module in objects:
-        if isinstance(module, nn.Module):
-            yield from module.parameters()
-            yield from module.buffers()
+def _parameters(module: object) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, nn.Module):
+        yield from module.named_parameters()
+        yield from module.named_buffers()
 
 
 class _Judge:
@@ -569,9 +573,10 @@ def plot_posteriors(
             axis.hist(draws[:, 0], bins=60, density=True, histtype="step", label="q(z|x)")
             axis.set_xlabel("z")
         elif d == 2:
-            points, density = _grid(joint, x[index], draws, chunk_size)
-            _filled(axis, points, density)
-            _contours(axis, draws, [(p[0], p[-1]) for p in points], "C1", "q(z|x)")
+            grid, density = _grid(joint, x[index], draws, chunk_size)
+            _filled(axis, grid, density)
+            ranges = [(float(p[0]), float(p[-1])) for p in grid]
+            _contours(axis, draws, ranges, "C1", "q(z|x)")
             axis.set(xlabel="z[0]", ylabel="z[1]")
         else:
             true = truth[:, index]
@@ -606,6 +611,7 @@ def _hmc(joint: Joint, x: Tensor) -> tuple[NDArray, str]:
     return mcmc.get_samples()["z"].cpu().double().numpy(), f"by HMC, {checks}"
 
 
+@torch.no_grad()
 def _grid(
     joint: Joint, x: Tensor, draws: NDArray, chunk_size: int
 ) -> tuple[list[NDArray], NDArray]:
@@ -642,7 +648,8 @@ def _range(values: NDArray) -> tuple[float, float]:
 
 
 def _histogram(points: NDArray, ranges: list[tuple[float, float]]) -> tuple[list[NDArray], NDArray]:
-    counts, *edges = np.histogram2d(*points.T, bins=NUM_BINS, range=ranges)
+    a, b = points.T
+    counts, *edges = np.histogram2d(a, b, bins=NUM_BINS, range=ranges)
     return [(e[:-1] + e[1:]) / 2 for e in edges], gaussian_filter(counts, sigma=2.5)
 
 
@@ -733,8 +740,8 @@ def _markdown(found: dict[str, Any], judge: _Judge) -> str:
         lines += ["", f"## log p(x) of the same {count} test examples", ""]
         lines += ["| | value | s.e. |", "|---|---|---|"]
         for name, beside in judge.side_by_side.items():
-            value, error = beside["value"], beside["std_error"]
-            lines.append(f"| {name} | {_number(value, error)} | {_error(error)} |")
+            shown = _number(beside["value"], beside["std_error"])
+            lines.append(f"| {name} | {shown} | {_error(beside['std_error'])} |")
         lines += ["", "All are lower bounds in expectation: the largest is the closest."]
     if judge.classes:
         lines += ["", "## Classes", ""]
