@@ -19,6 +19,7 @@ from .compare import GUIDES
 from .compare import compare as _compare
 from .runs import (
     CONFIG,
+    SECTIONS,
     Config,
     DataConfig,
     GuideConfig,
@@ -319,13 +320,12 @@ def _join(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_option(key: str) -> None:
-    sections = {f.name: f.default_factory for f in fields(Config)}
     section, dot, inner = key.partition(".")
-    top = [*sections, "out", "resume", "device", "config"]
+    top = [*SECTIONS, "out", "resume", "device", "config"]
     if section not in top:
         raise unknown_key("--" + key, ["--" + name for name in top], "option")
     if dot and section != "loss":
-        known = [f.name for f in fields(sections[section])] if section in sections else []
+        known = [f.name for f in fields(SECTIONS[section])] if section in SECTIONS else []
         if inner not in known:
             raise unknown_key("--" + key, [f"--{section}.{k}" for k in known] or top, "option")
     if not dot and section == "training":

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -273,12 +273,21 @@ class Config:
             parsed = parser.parse_object({"config": tree}).as_dict()["config"]
         except (jsonargparse.ArgumentError, TypeError) as error:
             raise ValueError(_one_line(error)) from error
-        sections = {f.name: f.default_factory for f in fields(cls)}
-        return cls(**{name: sections[name](**values) for name, values in parsed.items()})
+        return cls(**{name: SECTIONS[name](**values) for name, values in parsed.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested mappings of plain values."""
         return asdict(self)
+
+
+#: The configuration's parts, by name.
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "guide": GuideConfig,
+    "loss": LossConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+}
 
 
 def _one_line(error: Exception) -> str:
@@ -296,14 +305,13 @@ def check_keys(tree: Any, kind: type, path: str = "") -> None:
     if not isinstance(tree, Mapping):
         where = f"config key {path!r}" if path else "the config"
         raise ValueError(f"{where}: expected a mapping, found {type(tree).__name__}")
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    known = [f.name for f in fields(kind)]
     for key, value in tree.items():
         full = f"{path}.{key}" if path else str(key)
         if key not in known:
             raise unknown_key(full, [f"{path}.{k}" if path else k for k in known])
-        section = known[key].default_factory
-        if is_dataclass(section):
-            check_keys(value, section, full)  # type: ignore[arg-type]
+        if kind is Config:
+            check_keys(value, SECTIONS[key], full)
 
 
 def unknown_key(key: str, known: Iterable[str], what: str = "config key") -> ValueError:

@@ -56,6 +56,7 @@ from .runs import (
     write_config,
 )
 from .terms import NonFiniteError
+from .threads import one_thread_if_small
 
 import_torchvision()  # which Lightning imports too
 from lightning.fabric.utilities.warnings import PossibleUserWarning  # noqa: E402
@@ -378,8 +379,8 @@ class LightningELBO(LightningModule):
             if loss.requires_grad:
                 self.manual_backward(loss)
         else:
-            loss, grads = found
-            for param, grad in grads.items():
+            loss, by_param = found
+            for param, grad in by_param.items():
                 param.grad = grad
         grads = [param.grad for param in side.params if param.grad is not None]
         norm = torch.stack(torch._foreach_norm(grads)).norm() if grads else loss.detach()
@@ -457,12 +458,12 @@ class _Side:
         return self.player.gradients((x,), {})
 
 
-def _shown(loss: Callable, *args: Any) -> list[nn.Parameter]:
+def _shown(loss: Callable, *args: Any) -> list[Any]:
     """Return the parameters that a loss shows."""
     with poutine.trace(param_only=True) as capture:
         loss(*args)
     shown = [unconstrained(node["value"]) for node in capture.trace.nodes.values()]
-    return list(dict.fromkeys(p for p in shown if p.requires_grad))
+    return [p for p in dict.fromkeys(shown) if p.requires_grad]
 
 
 @contextmanager
@@ -615,7 +616,8 @@ class _Loaders(LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
 
     def train_dataloader(self) -> Batches:
-        module: Any = self.trainer.lightning_module
+        trainer: Any = self.trainer
+        module = trainer.lightning_module
         return Batches(
             self.train_x, self.batch_size, seed=self.seed, step=lambda: module.num_steps_done
         )
@@ -698,7 +700,8 @@ def train(
             write_config(config, out / CONFIG)
         trainer = _trainer(config, module, data, out, place, progress)
         loaders = _Loaders(data, settings.batch_size, settings.seed)
-        trainer.fit(module, datamodule=loaders, ckpt_path=found, weights_only=True)
+        with one_thread_if_small(_size_of_step(module, settings.batch_size), place):
+            trainer.fit(module, datamodule=loaders, ckpt_path=found, weights_only=True)
     return open_run(out)
 
 
@@ -729,6 +732,11 @@ def _module(config: Config, model: Any, guide: Any, loss: Any, data: Data) -> Li
         compile=compile,
         seed=settings.seed,
     )
+
+
+def _size_of_step(module: nn.Module, batch_size: int) -> int:
+    """Return how many numbers a layer yields, if it takes 256 for each, as threads pay there."""
+    return batch_size * sum(param.numel() for param in module.parameters()) // 256
 
 
 def _try(module: LightningELBO, x: Tensor) -> None:

@@ -416,7 +416,12 @@ def test_two_processes_under_lightning(guide, loss, options, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = log_of(out)
     assert [int(row["step"]) for row in rows] == [4 * k for k in range(1, 11)]
-    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    losses = [float(row["loss"]) for row in rows]
+    assert all(map(math.isfinite, losses))
+    if loss == "InfoVAE_ELBO":  # GECO's moves with its multiplier
+        assert losses[-1] < losses[0]
+    else:
+        assert checkpoint_of(out)["state_dict"]["loss.multipliers"] != 1
     assert open_run(out).model.sample(1).isfinite().all()
 
 
