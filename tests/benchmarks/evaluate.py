@@ -206,13 +206,13 @@ def speed(options: argparse.Namespace) -> None:
 # --- memory --------------------------------------------------------------------------------------
 
 SIZES = {
-    "MMD": [1000, 2000, 4000, 8000, 16000],
-    "IWAE": [250, 500, 1000, 2000, 5000],
-    "AIS": [100, 200, 400, 800, 1600],
+    "MMD": [1000, 4000, 8000, 16000],
+    "IWAE": [500, 1000, 2000, 5000],
+    "AIS": [100, 400, 800, 1600],
 }
 LABELS = {
     "MMD": "examples",
-    "IWAE": "particles, 100 examples",
+    "IWAE": "particles, 50 examples",
     "AIS": "examples, 5 chains each",
 }
 CHUNK_SIZE = {"MMD": 1 << 20, "IWAE": 4096, "AIS": 1024}
@@ -235,7 +235,7 @@ def worker(what: str, size: int, chunk_size: int) -> None:
     """Print the peak memory of one estimate, above what the process held before, in MB."""
     case = "mnist"
     model, guide = make(case, "cpu")
-    num = 100 if what == "IWAE" else size
+    num = 50 if what == "IWAE" else size
     x = torch.bernoulli(torch.full((num, CASES[case][2]), 0.3))
 
     def run(x: Tensor, size: int) -> None:
