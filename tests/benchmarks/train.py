@@ -14,8 +14,8 @@ time is that from one batch to the next.
 
 *Pyro*: a loop over `pyro.infer.SVI.step`: that of `svi.py`.
 
-*pythae*: the step of its `BaseTrainer` on its `VAE` with the same layers, if it is installed. Its
-trainer evaluates, logs and checkpoints besides, which is not counted.
+*pythae*: a step of its `BaseTrainer` in an epoch of 20, on its `VAE` with the same layers, if it is
+installed. Its trainer evaluates, logs and checkpoints besides, which is not counted.
 
 All sides are in one process and take turns, a burst of `--seconds` each, for `--rounds` rounds;
 the others' bursts run while Lightning waits for its next batch. Times are medians of the rounds,
@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("TQDM_DISABLE", "1")  # pythae's bars
 
 import pyro
 import torch
@@ -59,11 +60,12 @@ from pyro_vae.runs import Config, DataConfig, ModelConfig, TrainingConfig, build
 from pyro_vae.train import LightningELBO, _Keep, _quiet
 
 WARMUP_STEPS = 20
+PYTHAE_EPOCH = 20  # steps
 MANY = 1_000_000  # batches, as Lightning is told
 
 
 def pythae_burst() -> Burst:
-    """Return bursts of pythae's training step."""
+    """Return bursts of pythae's training steps, whole epochs."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -99,7 +101,7 @@ def pythae_burst() -> Burst:
             return ModelOutput(reconstruction=self.body(z))
 
     config = VAEConfig(input_dim=(PIXELS,), latent_dim=LATENTS, reconstruction_loss="bce")
-    x = random_pixels()
+    x = random_pixels().repeat(PYTHAE_EPOCH, 1)
     dataset = BaseDataset(x, torch.zeros(len(x)))
     with tempfile.TemporaryDirectory() as directory:
         settings = BaseTrainerConfig(
@@ -111,7 +113,8 @@ def pythae_burst() -> Burst:
         )
         trainer = BaseTrainer(VAE(config, Encoder(), Decoder()), dataset, None, settings)
     trainer.prepare_training()
-    return repeat(lambda: trainer.train_step(epoch=1))
+    epochs = repeat(lambda: trainer.train_step(epoch=1))
+    return lambda num_steps: epochs(num_steps // PYTHAE_EPOCH)
 
 
 def sides() -> dict[str, Burst]:
@@ -149,8 +152,10 @@ class Turns:
         for name, burst in others.items():
             burst(WARMUP_STEPS)
             started = time.perf_counter()
-            burst(5)
-            counts[name] = self._count((time.perf_counter() - started) / 5)
+            unit = PYTHAE_EPOCH if name == "pythae" else 5
+            burst(unit)
+            steps = self._count((time.perf_counter() - started) / unit)
+            counts[name] = -(-steps // unit) * unit
             self.times[name] = []
         for _ in range(self.rounds):
             started = time.perf_counter()
