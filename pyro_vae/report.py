@@ -50,7 +50,7 @@ def report(
     svi_particles: int = 1000,
     svi_steps: int = 150,
     ais_examples: int = 25,
-    ais_temperatures: int = 400,
+    ais_temperatures: int = 250,
     ais_chains: int = 5,
     aggregate_examples: int = 10_000,
     marginal_samples: int = 2000,
