@@ -384,7 +384,7 @@ class _LocationScale(Observation):
         loc, *of_pixels = self._chunk(params, event_dim)
         raw = of_pixels[0] if of_pixels else self.raw_scale
         if raw is None:
-            return loc, loc.new_full((), self.scale)
+            return loc, loc.new_full((), float(self.scale))
         return loc, self.min_scale + softplus(raw + self._offset)
 
     def extra_repr(self) -> str:

@@ -597,7 +597,7 @@ class _Pictures(Callback):
         self.out.mkdir(exist_ok=True)
         for name, figure in figures.items():
             save_figure(figure, self.out / f"epoch_{epoch:04d}_{name}.png")
-            if trainer.logger is not None:
+            if isinstance(trainer.logger, TensorBoardLogger):
                 trainer.logger.experiment.add_figure(
                     name, figure, pl_module.num_steps_done, close=False
                 )
