@@ -5,6 +5,7 @@ Options: ``--device`` and ``--dtype`` choose what the fixtures of those names ha
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import matplotlib as mpl
 import pyro
 import pytest
 import torch
+from pyro.infer.elbo import ELBOModule
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -126,3 +128,83 @@ def param_store() -> Iterator[Any]:
     store = pyro.get_param_store()
     yield store
     store.clear()
+
+
+# --- captured programs ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def operation_by_operation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run graphs uncompiled but in the tests that are marked: a compiler takes seconds a test."""
+    if "compiled" not in request.keywords:
+        monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
+
+
+@pytest.fixture
+def captured(
+    operation_by_operation: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Fail a test in which a call of ``SVI``, ``compile`` or ``fit`` is not served by a program.
+
+    In a test marked ``compiled`` each program must be what a compiler has made.
+    """
+    from pyro_vae.player import Player
+
+    look_up, served = Player._program, []
+
+    def noted(player: Player, *args: Any) -> Any:
+        found = look_up(player, *args)
+        if player.compile:
+            served.append((player, found[0] is not None))
+        return found
+
+    monkeypatch.setattr(Player, "_program", noted)
+    yield
+    assert served, "nothing was captured"
+    assert all(by_program for _, by_program in served), [player.reason for player, _ in served]
+    if "compiled" in request.keywords:
+        programs = [call for player, _ in served for call in player.compiled.values()]
+        assert not any(isinstance(call, torch.fx.GraphModule) for call in programs)
+
+
+class Run:
+    """How a test runs a loss: as plain Pyro, or as captured programs."""
+
+    def __init__(self, compile: bool) -> None:
+        import pyro_vae
+
+        self.compile = compile
+        self.SVI = pyro_vae.SVI if compile else pyro.infer.SVI
+
+    def module(self, loss: Any, model: Callable, guide: Callable) -> ELBOModule:
+        """Return ``loss(model, guide)``, compiled if that is how."""
+        import pyro_vae
+
+        module = loss(model, guide)
+        return pyro_vae.compile(module) if self.compile else module
+
+    @staticmethod
+    def start_elsewhere(module: ELBOModule, *args: Any) -> None:
+        """Call a module with other parameters and random numbers, and set its state back.
+
+        A program is captured then: what it took for a constant that is none shows in later calls.
+        """
+        state = copy.deepcopy(module.state_dict())
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.1)
+        torch.manual_seed(2)
+        module(*args)
+        module.load_state_dict(state)
+
+
+@pytest.fixture(params=["plain", pytest.param("captured", marks=pytest.mark.slow)])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Run as plain Pyro and, among the slow tests, captured; a test may name its own runs.
+
+    There are "plain", "captured" and, in tests marked ``compiled``, "compiled".
+    """
+    if request.param == "plain":
+        return Run(compile=False)
+    request.getfixturevalue("captured")
+    return Run(compile=True)

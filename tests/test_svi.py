@@ -34,7 +34,7 @@ from pyro_vae.nn import MLP
 from pyro_vae.programs import difference
 from pyro_vae.updates import RULES, rule_of
 
-pytestmark = pytest.mark.usefixtures("param_store")
+pytestmark = pytest.mark.usefixtures("param_store", "operation_by_operation")
 
 X = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5])
 
@@ -51,13 +51,6 @@ def point(x: Tensor) -> None:
     loc = pyro.param("q_loc", x.new_zeros(()))
     scale = pyro.param("q_scale", x.new_ones(()), constraint=dist.constraints.positive)
     pyro.sample("loc", dist.Normal(loc, scale))
-
-
-@pytest.fixture(autouse=True)
-def _operation_by_operation(request: pytest.FixtureRequest, monkeypatch: Any) -> None:
-    """Run graphs uncompiled but in the tests that are marked: a compiler takes seconds a test."""
-    if "compiled" not in request.keywords:
-        monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
 
 
 def curve(
@@ -627,11 +620,17 @@ def test_fit_stops_at_convergence_and_keeps_the_best() -> None:
     assert guide.median(X)["loc"].item() == pytest.approx(X.sum().item() / 6, abs=0.2)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "run",
+    [
+        "plain",
+        "captured",
+        pytest.param("compiled", marks=[pytest.mark.compiled, pytest.mark.slow]),
+    ],
+    indirect=True,
+)
 @pytest.mark.parametrize("implicit", [False, True])
-def test_resumed_training_is_the_uninterrupted_one(
-    tmp_path: Any, compile: bool, implicit: bool
-) -> None:
+def test_resumed_training_is_the_uninterrupted_one(tmp_path: Any, run: Any, implicit: bool) -> None:
     def train(path: Any, stop_at: int | None = None) -> dict[str, Tensor]:
         pyro.clear_param_store()
         torch.manual_seed(0)
@@ -649,7 +648,7 @@ def test_resumed_training_is_the_uninterrupted_one(
             warnings.simplefilter("error")
             fit(
                 gauss, guide, loss, num_steps=30, checkpoint=path, checkpoint_every=7,
-                callback=stop, callback_every=7, compile=compile, progress=False, average=0.9,
+                callback=stop, callback_every=7, compile=run.compile, progress=False, average=0.9,
             )  # fmt: skip
         return {**guide.state_dict(), **loss.state_dict()}
 

@@ -252,6 +252,30 @@ def test_all_parameters_exist_at_construction(guide, model, x):
     assert set(guide.state_dict()) == state
 
 
+#: Of the programs one of each kind of density; a flow takes longer to capture than a second or two.
+CAPTURED = [
+    pytest.param(name, "captured", marks=[] if quick else [pytest.mark.slow])
+    for name in GUIDES
+    for quick in [name in {"Gaussian-full", "Implicit"}]
+]
+COMPILED = pytest.param("Implicit", "compiled", marks=[pytest.mark.compiled, pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("name", "run"), [*CAPTURED, COMPILED], indirect=True)
+def test_captured_loss_and_gradients_are_the_plain_ones(guide, model, x, run):
+    elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    found = []
+    for module in (elbo(model, guide), run.module(elbo, model, guide)):
+        run.start_elsewhere(module, 0.5 * x)
+        module.zero_grad()
+        torch.manual_seed(1)
+        loss = module(x)
+        loss.backward()
+        grads = {name: param.grad for name, param in module.named_parameters()}
+        found.append((loss.detach(), grads))
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_gradients_reach_the_guide_and_not_the_discriminator(guide, model, x, vectorize):
     elbo = Trace_ELBO(num_particles=8, vectorize_particles=vectorize, max_plate_nesting=1)
@@ -274,7 +298,7 @@ def test_svi_and_elbo_module_see_the_same_parameters(guide, model, x):
     assert {param for param in module.parameters() if param.grad is not None} == seen
 
 
-def test_trains(make_guide, model, x):
+def test_trains(make_guide, model, x, run):
     """The loss falls; under SVI and under a torch optimiser the steps are the same ones."""
     finals = []
     for through in ("SVI", "ELBOModule"):
@@ -285,7 +309,7 @@ def test_trains(make_guide, model, x):
         losses = []
         before = copy.deepcopy(guide.state_dict())
         if through == "SVI":
-            svi = SVI(twin, guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
+            svi = run.SVI(twin, guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
             losses = [svi.step(x) for _ in range(30)]
         else:
             module = elbo(twin, guide)
@@ -400,18 +424,24 @@ def test_a_minibatch_in_hand(make_guide, x, vectorize):
     assert torch.equal(model.indices, indices)
 
 
-def test_a_subsample_that_the_guide_draws(make_guide, dtype, device):
+def test_a_subsample_that_the_guide_draws(make_guide, dtype, device, run):
     """The model is replayed on the guide's indices, which differ from call to call."""
     data = torch.randn(SIZE, X_DIM, dtype=dtype, device=device)
     model = Model(data, subsample_size=N)
     guide = make_guide(subsample_size=N)
+    module = run.module(Trace_ELBO(max_plate_nesting=1), model, guide)
     seen = []
-    for _ in range(2):
-        loss, z = loss_and_latents(guide, model, data)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found = module(data).detach()
+        i = model.indices.clone()  # a program writes where the last ones are
+        torch.manual_seed(seed)
+        loss, z = loss_and_latents(guide, model, data)  # from the same random numbers
+        assert torch.equal(model.indices, i)
         assert z.shape == (1, N, D)
-        i = model.indices
         assert len(i.unique()) == N
         torch.testing.assert_close(loss, written_out(guide, model, data[i], z, i, SIZE / N))
+        torch.testing.assert_close(found, loss)
         seen.append(i)
     assert not torch.equal(*seen)
     trace = poutine.trace(guide).get_trace(data)
@@ -593,7 +623,7 @@ def test_learned_density_passes_gradients_to_z_alone(implicit, x):
     assert not q.log_prob(constant.detach()).requires_grad
 
 
-def test_adversary_sees_and_trains_the_discriminator_alone(implicit, x, model):
+def test_adversary_sees_and_trains_the_discriminator_alone(implicit, x, model, run):
     elbo = AVB_ELBO(num_particles=8)
     with poutine.trace(param_only=True) as capture:
         elbo.adversary(model, implicit, x).backward()
@@ -601,16 +631,17 @@ def test_adversary_sees_and_trains_the_discriminator_alone(implicit, x, model):
     assert seen == set(implicit.discriminator.parameters())
     assert all(param.grad.abs().sum() > 0 for param in implicit.discriminator.parameters())
     assert all(param.grad is None for param in own(implicit).values())
-    svi = SVI(model, implicit, pyro.optim.Adam({"lr": 1e-2}), elbo.adversary)
+    svi = run.SVI(model, implicit, pyro.optim.Adam({"lr": 1e-2}), elbo.adversary)
     before = copy.deepcopy(implicit.state_dict())
     svi.step(x)
     for name, value in implicit.state_dict().items():
         assert torch.equal(value, before[name]) != name.startswith("discriminator."), name
 
 
-def test_fit_drives_both_players(implicit, x, model):
+def test_fit_drives_both_players(implicit, x, model, run):
     before = copy.deepcopy(implicit.state_dict())
-    result = fit(model, implicit, AVB_ELBO(num_particles=4), x, num_steps=2, progress=False)
+    elbo = AVB_ELBO(num_particles=4)
+    result = fit(model, implicit, elbo, x, num_steps=2, progress=False, compile=run.compile)
     assert result.losses.isfinite().all()
     assert result.adversary_losses.isfinite().all()
     for name, param in implicit.named_parameters():

@@ -213,6 +213,34 @@ def test_setup_makes_all_parameters(make_guide, model, x):
     assert all(value.dtype == x.dtype for value in after.values())
 
 
+#: Programs that are captured in a second or two; a flow of many layers takes longer.
+QUICK = {("AutoImplicit", "eight_schools"), ("AutoFlow-MAF", "one_number")}
+CAPTURED = [
+    pytest.param(guide, model, "captured", marks=[] if quick else [pytest.mark.slow])
+    for guide in GUIDES
+    for model in MODELS
+    for quick in [(guide, model) in QUICK]
+]
+COMPILED = pytest.param(
+    "AutoImplicit", "eight_schools", "compiled", marks=[pytest.mark.compiled, pytest.mark.slow]
+)
+
+
+@pytest.mark.parametrize(("make_guide", "model", "run"), [*CAPTURED, COMPILED], indirect=True)
+def test_captured_loss_and_gradients_are_the_plain_ones(guide, model, x, run):
+    elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    found = []
+    for module in (elbo(model, guide), run.module(elbo, model, guide)):
+        run.start_elsewhere(module, 0.5 * x)
+        module.zero_grad()
+        torch.manual_seed(1)
+        loss = module(x)
+        loss.backward()
+        grads = {name: param.grad for name, param in guide.named_parameters()}
+        found.append((loss.detach(), grads))
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_gradients_reach_the_guide_and_not_the_discriminator(guide, model, x, vectorize):
     elbo = Trace_ELBO(num_particles=8, vectorize_particles=vectorize, max_plate_nesting=1)

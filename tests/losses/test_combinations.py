@@ -153,14 +153,12 @@ def test_pair_trains_on_digits(guide: str, loss: str) -> None:
     assert first.mean() - last.mean() > 3 * error
 
 
+@pytest.mark.usefixtures("operation_by_operation")
 @pytest.mark.parametrize(("guide", "loss"), PAIRS)
-def test_pair_steps_as_a_program_as_in_plain_pyro(
-    guide: str, loss: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pair_steps_as_a_program_as_in_plain_pyro(guide: str, loss: str) -> None:
     """The captured steps, run operation by operation, and plain ones from one seed."""
     if loss in AT_THE_MEAN and guide in WITHOUT_MEAN:
         pytest.skip(f"{guide} has no mean in closed form, which {loss} expands about")
-    monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
     curves = []
     for compile in (False, True):
         pyro.clear_param_store()

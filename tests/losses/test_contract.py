@@ -1,7 +1,7 @@
 """What every loss must do, applied to each one exported.
 
 The reference is a small VAE in plain torch, written beside the one in Pyro: z = μ + σ ε, with ε
-from the same seed.
+from the same seed. Losses run as plain Pyro and as captured programs; see the fixture `run`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
@@ -269,11 +268,25 @@ def gradients(pair: Pair, loss: Tensor) -> dict[str, Tensor]:
     return {name: z if g is None else g for name, g, z in zip(named, grads, zeros, strict=True)}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_value_and_gradients_are_those_of_the_formula(name: str) -> None:
+#: A compiler takes some ten seconds a program: each loss once, with its plainest arguments.
+FORMULAS = [
+    *((name, "plain") for name in NAMES),
+    *((name, "captured") for name in NAMES),
+    *(
+        pytest.param(name, "compiled", marks=[pytest.mark.compiled, pytest.mark.slow])
+        for name in NAMES
+        if "," not in name
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "run"), FORMULAS, indirect=["run"])
+def test_value_and_gradients_are_those_of_the_formula(name: str, run: Any) -> None:
     pair = make_pair()
+    module = run.module(make(name), pair.model, pair.guide)
+    run.start_elsewhere(module, 1 - pair.x)
     torch.manual_seed(1)
-    loss = make(name)(pair.model, pair.guide)(pair.x)
+    loss = module(pair.x)
     torch.manual_seed(1)
     expected = CASES[name].formula(pair)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -283,9 +296,9 @@ def test_value_and_gradients_are_those_of_the_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_every_parameter_that_they_should(name: str) -> None:
+def test_gradients_reach_every_parameter_that_they_should(name: str, run: Any) -> None:
     pair = make_pair()
-    found = gradients(pair, make(name)(pair.model, pair.guide)(pair.x))
+    found = gradients(pair, run.module(make(name), pair.model, pair.guide)(pair.x))
     dead = {key for key, grad in found.items() if not grad.abs().sum() > 0}
     assert dead == set()
     scale = found["guide.head.bias"][LATENT:]
@@ -294,47 +307,50 @@ def test_gradients_reach_every_parameter_that_they_should(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_svi_takes_the_step_of_the_module(name: str) -> None:
+def test_svi_takes_the_step_of_the_module(name: str, run: Any) -> None:
     by_svi, by_torch = make_pair(), make_pair()
     elbo, module = make(name), make(name)(by_torch.model, by_torch.guide)
-    svi = SVI(by_svi.model, by_svi.guide, pyro.optim.SGD({"lr": 1e-3}), elbo)
-    optim = torch.optim.SGD([*by_torch.model.parameters(), *by_torch.guide.parameters()], lr=1e-3)
+    svi = run.SVI(by_svi.model, by_svi.guide, pyro.optim.SGD({"lr": 1e-3}), elbo)
+    values = []
     for step in range(3):
         torch.manual_seed(step)
-        value = svi.step(by_svi.x)
-        pyro.clear_param_store()  # or both decoders would be the first
+        values.append(svi.step(by_svi.x))
+    pyro.clear_param_store()  # or both decoders would be the first
+    optim = torch.optim.SGD([*by_torch.model.parameters(), *by_torch.guide.parameters()], lr=1e-3)
+    for step, value in enumerate(values):
         torch.manual_seed(step)
         optim.zero_grad()
         loss = module(by_torch.x)
         loss.backward()
         optim.step()
-        pyro.clear_param_store()
         assert value == pytest.approx(loss.item(), rel=1e-12)
     for key, parameter in parameters(by_torch).items():
         torch.testing.assert_close(parameters(by_svi)[key], parameter, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_subsampled_plate_scales_the_whole(name: str) -> None:
+@torch.no_grad()
+def test_a_subsampled_plate_scales_the_whole(name: str, run: Any) -> None:
     values = []
     for size in (N, 10 * N):
         pair = make_pair(size=size)
+        module = run.module(make(name), pair.model, pair.guide)
         torch.manual_seed(1)
-        values.append(make(name).loss(pair.model, pair.guide, pair.x))
+        values.append(module(pair.x).item())
         pyro.clear_param_store()
     assert values[1] == pytest.approx(10 * values[0], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("vectorized", [False, True])
-def test_precision(name: str, vectorized: bool) -> None:
+def test_precision(name: str, vectorized: bool, run: Any) -> None:
     values = []
     for dtype in (torch.float32, torch.float64):
         pair = make_pair(dtype)
         kwargs = {"vectorize_particles": vectorized, "num_particles": 1}
         torch.manual_seed(1)
         noise = name not in DETERMINISTIC
-        loss = make(name, dtype, **kwargs)(pair.model, pair.guide)(pair.x)
+        loss = run.module(make(name, dtype, **kwargs), pair.model, pair.guide)(pair.x)
         pyro.clear_param_store()
         assert loss.dtype == dtype
         values.append(loss.item())
@@ -345,13 +361,13 @@ def test_precision(name: str, vectorized: bool) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_particles_in_a_plate_or_one_by_one(name: str) -> None:
+def test_particles_in_a_plate_or_one_by_one(name: str, run: Any) -> None:
     pair = make_pair()
     values, grads = [], []
     for vectorized in (False, True):
         elbo = make(name, num_particles=3, vectorize_particles=vectorized, max_plate_nesting=1)
         torch.manual_seed(1)
-        loss = elbo(pair.model, pair.guide)(pair.x)
+        loss = run.module(elbo, pair.model, pair.guide)(pair.x)
         values.append(loss.item())
         grads.append(gradients(pair, loss))
     assert values[1] == pytest.approx(values[0], rel=1e-12)
@@ -360,11 +376,13 @@ def test_particles_in_a_plate_or_one_by_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seed_same_value(name: str) -> None:
+@torch.no_grad()
+def test_same_seed_same_value(name: str, run: Any) -> None:
     pair, values = make_pair(), []
+    module = run.module(make(name), pair.model, pair.guide)
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        values.append(make(name).loss(pair.model, pair.guide, pair.x))
+        values.append(module(pair.x).item())
     assert values[0] == values[1]
     assert (values[0] == values[2]) == (name in DETERMINISTIC)
 
@@ -382,10 +400,10 @@ def test_a_copy_is_as_good(name: str, copied: Callable) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_goes_on_from_a_state_dict_bit_for_bit(name: str) -> None:
+def test_training_goes_on_from_a_state_dict_bit_for_bit(name: str, run: Any) -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
         pair = make_pair()
-        module = make(name)(pair.model, pair.guide)
+        module = run.module(make(name), pair.model, pair.guide)
         pyro.clear_param_store()
         return module, torch.optim.Adam(module.parameters(), lr=1e-2), pair.x
 
@@ -415,16 +433,18 @@ STATEFUL = [name for name in NAMES if name.startswith(("GECO", "BetaVAE_ELBO, sc
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_state_advances_in_training_alone(name: str) -> None:
+def test_state_advances_in_training_alone(name: str, run: Any) -> None:
     pair, elbo = make_pair(), make(name)
-    svi = SVI(pair.model, pair.guide, pyro.optim.SGD({"lr": 0.0}), elbo)
+    svi = run.SVI(pair.model, pair.guide, pyro.optim.SGD({"lr": 0.0}), elbo)
     before = copy.deepcopy(elbo.state_dict())
     svi.evaluate_loss(pair.x)
     elbo.loss(pair.model, pair.guide, pair.x)
     with torch.no_grad():
         elbo.differentiable_loss(pair.model, pair.guide, pair.x)
-    module = elbo(pair.model, pair.guide).eval()
-    module(pair.x)
+    module = run.module(elbo, pair.model, pair.guide)
+    with torch.no_grad():
+        module(pair.x)
+    module.eval()(pair.x)
     assert str(elbo.state_dict()) == str(before)
     module.train()(pair.x)
     once = copy.deepcopy(elbo.state_dict())
@@ -434,7 +454,7 @@ def test_state_advances_in_training_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_plain_functions_will_do(name: str) -> None:
+def test_plain_functions_will_do(name: str, run: Any) -> None:
     def model(x: Tensor) -> None:
         w = pyro.param("w", lambda: torch.ones(LATENT, D, dtype=x.dtype))
         with pyro.plate("data", len(x)):
@@ -447,7 +467,7 @@ def test_plain_functions_will_do(name: str) -> None:
             pyro.sample("z", dist.Normal(x @ w / D, 0.5).to_event(1))
 
     x = make_pair().x
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), make(name))
+    svi = run.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), make(name))
     svi.step(x)
     before = pyro.param("w").clone(), pyro.param("v").clone()
     assert math.isfinite(svi.step(x))
@@ -456,9 +476,10 @@ def test_plain_functions_will_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loss_that_is_not_finite_changes_nothing(name: str) -> None:
+def test_a_loss_that_is_not_finite_changes_nothing(name: str, run: Any) -> None:
     pair = make_pair()
-    svi = SVI(pair.model, pair.guide, pyro.optim.SGD({"lr": 1.0}), make(name))
+    svi = run.SVI(pair.model, pair.guide, pyro.optim.SGD({"lr": 1e-3}), make(name))
+    svi.step(pair.x)
     before = copy.deepcopy(parameters(pair))
     with torch.no_grad():
         pair.guide.head.bias[0] = float("inf")
@@ -509,10 +530,13 @@ def test_loss_never_trains_a_discriminator(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GUIDE_DENSITY)
-def test_fit_drives_both_players(name: str) -> None:
+def test_fit_drives_both_players(name: str, run: Any) -> None:
     pair, guide, elbo = make_pair(), implicit(), make(name)
     before = copy.deepcopy((guide.state_dict(), elbo.state_dict()))
-    fit(pair.model, guide, elbo, pair.x, num_steps=4, num_adversary_steps=1, progress=False)
+    fit(
+        pair.model, guide, elbo, pair.x, num_steps=4, num_adversary_steps=1, progress=False,
+        compile=run.compile,
+    )  # fmt: skip
     for old, module in zip(before, (guide, elbo), strict=True):
         for key, value in module.named_parameters():
             assert (value != old[key]).any(), key
