@@ -461,7 +461,7 @@ class Player:
         if params:
             mine = {param: param.grad for param in self.params}
             try:
-                value = torch.as_tensor(torch_item(self._plain_gradients(args, kwargs)))
+                value = _in_double(self._plain_gradients(args, kwargs))
                 expected = {param: param.grad for param in params}
             finally:
                 for param, grad in mine.items():
@@ -472,7 +472,7 @@ class Player:
         else:
             loss = self.loss.loss if isinstance(self.loss, ELBO) else self.loss
             with torch.no_grad():
-                value = torch.as_tensor(torch_item(loss(self.model, self.guide, *args, **kwargs)))
+                value = _in_double(loss(self.model, self.guide, *args, **kwargs))
             expected = {}
         changes = snapshot.changes()
         snapshot.restore()
@@ -564,6 +564,11 @@ class Player:
             row = torch.tensor(rates, dtype=torch.float64, device=self._count.device)
             self._rates = rates, row
         return self._rates[1]
+
+
+def _in_double(value: Any) -> Tensor:
+    """Return a loss, a number or a tensor, as a tensor that loses none of its digits."""
+    return torch.tensor(torch_item(value), dtype=torch.float64, device="cpu")
 
 
 class _UpdatesItselfError(Exception):
