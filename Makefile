@@ -1,7 +1,7 @@
 # `make help` lists the targets. Each one makes the .venv it needs, once.
 
 PYTHON ?= python3
-BENCHMARKS ?= tests/benchmarks/eight_schools.py tests/benchmarks/hmc.py tests/benchmarks/svi.py
+BENCHMARKS ?= $(addprefix tests/benchmarks/,eight_schools.py hmc.py svi.py train.py evaluate.py digits.py)
 PYTEST_ARGS ?=
 
 VENV := .venv
