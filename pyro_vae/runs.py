@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -340,6 +340,49 @@ def read_config(path: Path) -> Config:
         return Config.from_dict({} if tree is None else tree)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+#: What of a run may be changed where it goes on.
+CHANGEABLE = frozenset(
+    f"training.{name}"
+    for name in (
+        "num_epochs",
+        "patience",
+        "checkpoint_seconds",
+        "picture_every",
+        "devices",
+        "num_nodes",
+    )
+)
+
+
+def check_resumed(config: Config, path: Path) -> None:
+    """Raise a ValueError for the first thing in which a configuration is not that of a run.
+
+    How long to train, how often to save and draw, and on how many processes may differ.
+
+    Args:
+        config: What is asked for, by :func:`settle` complete.
+        path: The run's own file.
+    """
+    stored = read_config(path).to_dict()
+    asked = yaml.safe_load(yaml.safe_dump(config.to_dict()))  # tuples to lists
+    for key, expected, found in _differences(stored, asked, ""):
+        if key not in CHANGEABLE:
+            raise ValueError(
+                f"resume: found {key} = {found!r}, expected {expected!r}, that of {str(path)!r}; "
+                f"only {', '.join(sorted(CHANGEABLE))} may be changed"
+            )
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the key, the old and the new value of what differs between nested mappings."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{path}.{key}" if path else str(key)
+            yield from _differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield path, old, new
 
 
 def write_config(config: Config, path: Path) -> None:

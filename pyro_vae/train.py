@@ -42,6 +42,7 @@ from .runs import (
     Run,
     build,
     check_data,
+    check_resumed,
     check_same,
     check_writable,
     find_device,
@@ -656,7 +657,9 @@ def train(
 
     Raises:
         ValueError: Before the first step, for data, model, guide and loss that do not fit, a
-            directory that holds a run, or nothing to resume; a device that is not there; a
+            directory that holds a run's weights, or nothing to resume; for a run that is resumed
+            with anything changed but ``num_epochs``, ``patience``, ``checkpoint_seconds``,
+            ``picture_every``, ``devices`` and ``num_nodes``; a device that is not there; a
             checkpoint that is damaged or of another architecture.
         NonFiniteError: If a loss or gradient is not finite, with the names of the sites to blame.
         OSError: If a file cannot be written.
@@ -684,6 +687,8 @@ def train(
         _check_free(out, resume)
     data = load_data(config.data)
     config = settle(config, data)
+    if resume:
+        check_resumed(config, out / CONFIG)
     cuda = [place.index or 0] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), _quiet():
         torch.default_generator.manual_seed(_seed_of(settings.seed, "weights"))
@@ -807,10 +812,10 @@ def _is_judged_by_iwae(module: LightningELBO) -> bool:
 
 
 def _check_free(out: Path, resume: bool) -> None:
-    holds = (out / CONFIG).exists()
-    if resume and not holds:
+    if resume and not (out / CONFIG).exists():
         raise ValueError(f"resume: {str(out)!r} holds no run to go on with")
-    if holds and not resume:
+    # A run that ended before it had anything to show is not in the way.
+    if not resume and any((out / name).exists() for name in (BEST, LAST)):
         raise ValueError(
             f"out: {str(out)!r} holds a run already; expected another directory, or --resume "
             "(resume=True) to go on with it"

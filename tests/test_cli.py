@@ -434,7 +434,7 @@ def test_train_resumes(tmp_path, capsys):
     assert run("train", "--out", out, "--resume", "--training.num_epochs", 3) == 0
     assert len((out / "log.csv").read_text().splitlines()) == 1 + 3
     assert run("train", "--out", out, "--resume", "--model.latent-dim", 3) == 2
-    assert "of another architecture" in last_line(capsys)
+    assert "found model.latent_dim = 3, expected 2" in last_line(capsys)
     content = (out / "last.ckpt").read_bytes()
     (out / "last.ckpt").write_bytes(content[:1000])
     assert run("train", "--out", out, "--resume") == 2

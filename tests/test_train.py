@@ -30,6 +30,8 @@ from pyro_vae.runs import (
     TrainingConfig,
     build,
     open_run,
+    read_config,
+    write_config,
 )
 from pyro_vae.train import Batches, LightningELBO, exponential, train
 
@@ -402,8 +404,6 @@ def test_two_processes_under_lightning(guide, loss, options, tmp_path):
         "if __name__ == '__main__':\n"
         "    print(train(read_config(Path(sys.argv[1])), sys.argv[2]))\n"
     )
-    from pyro_vae.runs import write_config
-
     write_config(config, tmp_path / "config.yaml")
     out = tmp_path / "run"
     done = subprocess.run(
@@ -452,19 +452,56 @@ def test_a_finished_run_can_go_on_for_longer(trained):
     assert checkpoint_of(out)["num_steps_done"] == 16
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("model", {"hidden_dims": [16, 8]}, r"model\.hidden_dims = \[16, 8\], expected \[16\]"),
+        ("training", {"lr": 0.5}, r"training\.lr = 0\.5, expected 0\.003"),
+        ("training", {"batch_size": 32}, r"training\.batch_size = 32, expected 64"),
+        ("data", {"train_size": 128}, r"data\.train_size = 128, expected 256"),
+        ("loss", {"options": {"beta": 2.0}}, r"loss\.options\.beta = 2\.0, expected None"),
+        ("guide", {"kind": "flow"}, r"guide\.kind = 'flow', expected 'gaussian'"),
+    ],
+)
+def test_what_is_resumed_is_what_was_begun(trained, section, changes, message):
+    config, out = trained
+    before = {name: (out / name).read_bytes() for name in ("config.yaml", "last.ckpt")}
+    other = replace(config, **{section: replace(getattr(config, section), **changes)})
+    with pytest.raises(ValueError, match=message):
+        train(other, out, resume=True)
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
 def test_another_architecture_is_named_by_its_first_mismatch(trained):
     config, out = trained
-    other = replace(config, model=replace(config.model, hidden_dims=[16, 8]))
+
+    def resume(**changes):
+        stored = replace(read_config(out / "config.yaml"), **changes)
+        write_config(stored, out / "config.yaml")
+        train(out=out, resume=True)
+
+    model = replace(config.model, event_shape=[1, 8, 8], observation="gaussian")
     with pytest.raises(
         ValueError, match=r"last.ckpt' is of another architecture: .*'model.decoder"
     ):
-        train(other, out, resume=True)
-    wider = replace(config, model=replace(config.model, latent_dim=3))
+        resume(model=replace(model, hidden_dims=[16, 8]))
     with pytest.raises(ValueError, match=r"found 'model.decoder.0.0.weight' of shape \[16, 2\]"):
-        train(wider, out, resume=True)
-    geco = replace(config, loss=LossConfig("GECO_ELBO", {"tolerance": 0.1}))
+        resume(model=replace(model, latent_dim=3))
     with pytest.raises(ValueError, match=r"found no 'loss\.multipliers'"):
-        train(geco, out, resume=True)
+        resume(model=model, loss=LossConfig("GECO_ELBO", {"tolerance": 0.1}))
+
+
+def test_a_run_that_ended_before_it_had_weights_is_not_in_the_way(tmp_path, monkeypatch):
+    def step(self, x, index):
+        raise InterruptionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LightningELBO, "training_step", step)
+        with pytest.raises(InterruptionError):
+            train(small(lr=0.5), tmp_path)
+    assert (tmp_path / "config.yaml").exists()
+    train(small(lr=1e-3, num_epochs=1), tmp_path)
+    assert read_config(tmp_path / "config.yaml").training.lr == 1e-3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
