@@ -220,12 +220,20 @@ def main(args: list[str] | None = None) -> int:
             prog="pyro-vae",
             parser_class=_Parser,
         )
-    except (ValueError, OSError) as error:
-        print(f"pyro-vae: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"pyro-vae: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pyro-vae: interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an error says, without Pyro's table of shapes and torch's tensors."""
+    text = str(error)
+    for start in ("Trace Shapes:", "\ntensor("):
+        text = text.partition(start)[0]
+    return " ".join(text.split())
 
 
 # --- options of `train` ---------------------------------------------------------------------------
@@ -254,8 +262,12 @@ def _spelled_out(args: list[str]) -> list[str]:
             continue
         _check_option(key)
         if key in SWITCHES:
-            resume = resume or key == "resume"
-            rest.append(name.replace("_", "-"))
+            on = _is_on(name, value) if equals else True
+            if key == "resume":
+                resume = on
+            else:
+                section, _, inner = key.partition(".")
+                rest.append(f"--{section}={{{inner}: {str(on).lower()}}}")
             continue
         if not equals:
             if not pending:
@@ -272,6 +284,8 @@ def _spelled_out(args: list[str]) -> list[str]:
             inner = inner or _CHOICES.get(section, "")
             rest.append("--" + ".".join(filter(None, [section, inner])).replace("_", "-"))
             rest.append(value)
+    if resume:
+        rest.append("--resume")
     if resume and not files:
         files = [str(Path(out) / CONFIG)]
     for file in files:
@@ -285,6 +299,13 @@ def _spelled_out(args: list[str]) -> list[str]:
     if name is not None or loss:
         rest.append(f"--loss.options={yaml.safe_dump(loss, default_flow_style=True).strip()}")
     return rest
+
+
+def _is_on(name: str, text: str) -> bool:
+    """Return what a switch is set to."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"option {name}: found {text!r}, expected true or false")
+    return text.lower() == "true"
 
 
 def _path(inner: str) -> list[str]:
@@ -301,7 +322,12 @@ def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
         if not isinstance(inner, dict):
             inner = tree[key] = {"name": inner}
         tree = inner
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"option --loss.{'.'.join(path)}: found {text!r}, expected a number, a word or YAML"
+        ) from error
     if isinstance(tree.get(last), dict) and isinstance(value, str):
         tree[last]["name"] = value
     else:

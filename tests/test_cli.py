@@ -441,6 +441,62 @@ def test_train_resumes(tmp_path, capsys):
     assert "last.ckpt' is cut short" in last_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (False, False)),
+        (["--resume"], (False, True)),
+        (["--resume=true", "--data.download"], (True, True)),
+        (["--resume=false", "--data.download=True"], (True, False)),
+        (["--data.download=false"], (False, False)),
+        (["--data.download", "--data.download=false"], (False, False)),
+    ],
+)
+def test_switches_can_be_turned_off(options, expected, tmp_path, monkeypatch):
+    import pyro_vae.train as training
+
+    seen = []
+    spy = lambda config, out, resume, **kwargs: seen.append((config, resume))  # noqa: E731
+    monkeypatch.setattr(training, "train", spy)
+    (tmp_path / "config.yaml").write_text("{}")
+    args = ["--out", tmp_path, "--data", "mnist", *options, "--data.train_size", 9]
+    assert run("train", *args) == 0
+    ((config, resume),) = seen
+    assert (config.data.download, resume) == expected
+    assert (config.data.name, config.data.train_size) == ("mnist", 9)
+
+
+def test_a_switch_overrides_the_file(tmp_path, monkeypatch):
+    import pyro_vae.train as training
+
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config, out, **kwargs: seen.append(config))
+    file = tmp_path / "config.yaml"
+    file.write_text("data: {name: mnist, download: true}")
+    assert run("train", "--config", file, "--data.download=false") == 0
+    assert run("train", "--config", file) == 0
+    assert [config.data.download for config in seen] == [False, True]
+    assert [config.data.name for config in seen] == ["mnist", "mnist"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("site 'z': bad\n   Trace Shapes:\n Param Sites:"),
+        ValueError("site 'z': bad\ntensor([[nan,\n nan]])"),
+        OSError("site 'z':\n  bad"),
+        yaml.YAMLError("site 'z': bad"),
+    ],
+)
+def test_errors_of_many_lines_are_said_in_one(error, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "_compare", fail)
+    assert run("compare", "gauss", "--out", tmp_path) == 2
+    assert capsys.readouterr().err == "pyro-vae: error: site 'z': bad\n"
+
+
 def last_line(capsys):
     """The one line that an error is."""
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
@@ -465,6 +521,9 @@ def last_line(capsys):
         (["--config", "nowhere.yaml"], "config: cannot read 'nowhere.yaml'"),
         (["--resume"], "config: cannot read"),
         (["--training.num_epochs", "0"], "num_epochs must be at least 1"),
+        (["--resume=maybe"], "option --resume: found 'maybe', expected true or false"),
+        (["--data.download=0"], "option --data.download: found '0', expected true or false"),
+        (["--loss.beta", "["], "option --loss.beta: found '[', expected"),
     ],
 )
 def test_train_says_no_in_one_line(options, message, tmp_path, capsys, monkeypatch):
