@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -75,6 +76,15 @@ LOSSES = [name for name, cls in REGISTRY.items() if issubclass(cls, TermsELBO)]
 # --- configurations -------------------------------------------------------------------------------
 
 
+def _check_sizes(section: str, config: Any, *names: str) -> None:
+    """Raise a ValueError for a size, or one of several, that is below one."""
+    for name in names:
+        value = getattr(config, name)
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        if any(size is not None and size < 1 for size in sizes):
+            raise ValueError(f"{section}.{name} must be at least 1, found {value}")
+
+
 @dataclass
 class ModelConfig:
     """The generative model: a decoder, an observation, a standard normal prior.
@@ -103,6 +113,11 @@ class ModelConfig:
     levels: int = 256
     event_shape: list[int] | None = None
 
+    def __post_init__(self) -> None:
+        _check_sizes(
+            "model", self, "latent_dim", "hidden_dims", "hidden_channels", "levels", "event_shape"
+        )
+
 
 @dataclass
 class GuideConfig:
@@ -112,7 +127,7 @@ class GuideConfig:
         kind: "gaussian", "flow" or "implicit".
         covariance: A Gaussian's: "diagonal" or "full".
         transforms: Number of a flow's couplings.
-        noise: Where noise enters an implicit guide: "features", "input" or "basis".
+        noise: Where noise enters an implicit guide: "features"; "input", for an MLP; or "basis".
         contrast: What an implicit guide's density is learned against: "adaptive" or "prior".
         hidden_dims: Widths of an MLP encoder; by default those of the decoder, in reverse.
     """
@@ -123,6 +138,9 @@ class GuideConfig:
     noise: Literal["features", "input", "basis"] = "features"
     contrast: Literal["adaptive", "prior"] = "adaptive"
     hidden_dims: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_sizes("guide", self, "transforms", "hidden_dims")
 
 
 @dataclass
@@ -169,7 +187,7 @@ class TrainingConfig:
         batch_size: Examples of a step, in each process.
         lr: Adam's learning rate at the start.
         final_lr: The learning rate at the end, reached by exponential decay, as in the paper on
-            amortised inference regularisation; null for no decay.
+            amortised inference regularisation; a tenth of ``lr`` by default, ``lr`` for no decay.
         clip_norm: Bound on the norm of all gradients together.
         adversary_lr: Learning rate of a discriminator, where there is one.
         num_adversary_steps: Its steps for each of the guide's.
@@ -190,7 +208,7 @@ class TrainingConfig:
     num_epochs: int = 150
     batch_size: int = 64
     lr: float = 3e-3
-    final_lr: float | None = 3e-4
+    final_lr: float | None = None
     clip_norm: float | None = None
     adversary_lr: float = 1e-3
     num_adversary_steps: int = 1
@@ -207,6 +225,10 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"training.{f.name} must be finite, found {value}")
         for name in (
             "num_epochs",
             "batch_size",
@@ -222,6 +244,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"training.{name} must be positive, found {value}")
+        if self.final_lr is not None and self.final_lr > self.lr:
+            raise ValueError(
+                f"training.final_lr must be at most training.lr, {self.lr}: found {self.final_lr}"
+            )
         for name in ("picture_every", "checkpoint_seconds", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(
@@ -471,10 +497,19 @@ def _networks(
     """Return decoder and encoder."""
     settings, d = config.model, config.model.latent_dim
     out_shape = (num_params * event_shape[0], *event_shape[1:])
+    noisy = config.guide.kind == "implicit" and config.guide.noise == "input"
     if settings.architecture == "mlp":
         widths = tuple(settings.hidden_dims)
         *inner, last = tuple(config.guide.hidden_dims or reversed(widths)) or (d,)
-        return MLPDecoder(d, out_shape, widths), MLPEncoder(event_shape, last, tuple(inner))
+        # With noise at the input, the encoder takes rows of x and the noise.
+        x_shape = (math.prod(event_shape) + _noise_dim(d),) if noisy else event_shape
+        return MLPDecoder(d, out_shape, widths), MLPEncoder(x_shape, last, tuple(inner))
+    if noisy:
+        raise ValueError(
+            "guide.noise 'input' hands the encoder rows of x and noise: found model.architecture "
+            f"{settings.architecture!r}, whose encoder takes images; expected 'mlp', or "
+            "guide.noise 'features' or 'basis'"
+        )
     if len(event_shape) != 3:
         raise ValueError(
             f"model.architecture {settings.architecture!r} is for images [C, H, W]: found examples "
@@ -491,6 +526,11 @@ def _networks(
     return ConvDecoder(d, out_shape, channels[::-1], batch_norm=False), encoder
 
 
+def _noise_dim(latent_dim: int) -> int:
+    """Return the size of the noise at an encoder's input."""
+    return 2 * latent_dim + 4
+
+
 def _guide(config: Config, encoder: nn.Module, event_shape: tuple[int, ...]) -> nn.Module:
     settings, d = config.guide, config.model.latent_dim
     num_features = getattr(encoder, "out_features", None)
@@ -504,6 +544,7 @@ def _guide(config: Config, encoder: nn.Module, event_shape: tuple[int, ...]) -> 
         encoder,
         d,
         noise=settings.noise,
+        noise_dim=_noise_dim(d) if settings.noise == "input" else None,
         contrast=settings.contrast,
         num_features=num_features,
         discriminator=discriminator,
@@ -694,7 +735,7 @@ class Run:
     Attributes:
         path: Its directory.
         config: What it was made of.
-        model: The generative model, a :class:`~pyro_vae.models.VAE`.
+        model: The generative model, a :class:`~pyro_vae.models.VAE`, in the type of the weights.
         guide: The inference network.
         loss: The loss, with its multipliers and schedules as they were.
     """
@@ -706,21 +747,18 @@ class Run:
         self.model, self.guide, self.loss = model, guide, loss
 
     def data(self) -> Data:
-        """Return the data that it was trained on; dynamic binarisation is drawn once."""
+        """Return the data that it was trained on, in the weights' type.
+
+        Dynamic binarisation is drawn once.
+        """
         return self._data
 
     @cached_property
     def _data(self) -> Data:
         config = self.config.data
-        if config.binarize != "dynamic":
-            return load_data(config)
-        return load(
-            config.name,
-            root=config.root,
-            train_size=config.train_size,
-            binarize="sample",
-            seed=config.seed,
-        )
+        once = "sample" if config.binarize == "dynamic" else config.binarize
+        dtype = next(self.model.parameters()).dtype
+        return load_data(replace(config, binarize=once)).to(dtype=dtype)
 
     def __repr__(self) -> str:
         c = self.config
@@ -761,9 +799,11 @@ def open_run(path: str | Path, weights: Literal["best", "last"] = "best") -> Run
             model, guide, loss = build(config)
     except ValueError as error:
         raise ValueError(f"{str(path / CONFIG)!r}: {error}") from error
-    load_weights(model, guide, loss, found, file)
-    for module in (model, guide, loss):
+    for part, module in {"model": model, "guide": guide, "loss": loss}.items():
+        own = [v.dtype for k, v in found.items() if k.startswith(part + ".")]
+        module.to(next((dtype for dtype in own if dtype.is_floating_point), None))
         module.eval()
+    load_weights(model, guide, loss, found, file)
     return Run(path, config, model, guide, loss)
 
 

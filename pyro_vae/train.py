@@ -678,6 +678,8 @@ def train(
     """
     out = Path(out)
     place = find_device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: training runs on 'cpu' or 'cuda', found {device!r}")
     if resume and config is None:
         config = read_config(out / CONFIG)
     config = config or Config()
@@ -719,7 +721,7 @@ def _module(config: Config, model: Any, guide: Any, loss: Any, data: Data) -> Li
     compile = settings.compile
     if compile is None:
         compile = num_steps >= COMPILE_FROM and num_joint == 1
-    final = 1.0 if settings.final_lr is None else settings.final_lr / settings.lr
+    final = 0.1 if settings.final_lr is None else settings.final_lr / settings.lr
     adam = partial(torch.optim.Adam, fused=True)
     return LightningELBO(
         model,

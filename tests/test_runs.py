@@ -102,6 +102,26 @@ def test_architectures_and_guides(architecture, guide):
     assert model.sample(2).shape == (2, *shape)
 
 
+@pytest.mark.parametrize("noise", ["features", "input", "basis"])
+@pytest.mark.parametrize("shape", [[1, 8, 8], [64]])
+def test_noise_of_an_implicit_guide(noise, shape):
+    model = replace(SMALL, event_shape=shape)
+    guide = GuideConfig("implicit", noise=noise)
+    model, guide, loss = build(Config(model=model, guide=guide))
+    loss.differentiable_loss(model, guide, torch.rand(4, *shape)).backward()
+    z = guide(torch.rand(1, *shape).expand(9, *shape))["z"]
+    assert z.shape == (9, 2)
+    assert (z.std(0) > 0).all()
+
+
+@pytest.mark.parametrize("architecture", ["conv", "pixelcnn", "grae_mnist"])
+def test_noise_at_the_input_of_a_convolution_is_refused(architecture):
+    shape = [1, 28, 28] if architecture == "grae_mnist" else [1, 8, 8]
+    model = replace(SMALL, architecture=architecture, event_shape=shape)
+    with pytest.raises(ValueError, match=r"guide\.noise 'input'.*expected 'mlp'"):
+        build(Config(model=model, guide=GuideConfig("implicit", noise="input")))
+
+
 @pytest.mark.parametrize(
     ("observation", "scale", "data", "expected"),
     [
@@ -158,6 +178,17 @@ def test_a_configuration_is_written_and_read(tmp_path):
         ("training: {lr: 0}", "training.lr must be positive, found 0"),
         ("training: {seed: -1}", "training.seed must not be negative, found -1"),
         ("training: {devices: 2, compile: true}", "compile is for one process"),
+        ("training: {lr: 1e-4, final_lr: 3e-4}", "final_lr must be at most training.lr, 0.0001"),
+        ("training: {lr: .nan}", "training.lr must be finite, found nan"),
+        ("training: {lr: .inf}", "training.lr must be finite, found inf"),
+        ("training: {clip_norm: .inf}", "training.clip_norm must be finite, found inf"),
+        ("training: {checkpoint_seconds: .nan}", "checkpoint_seconds must be finite, found nan"),
+        ("model: {latent_dim: 0}", "model.latent_dim must be at least 1, found 0"),
+        ("model: {hidden_dims: [8, -1]}", r"model.hidden_dims must be .* found \[8, -1\]"),
+        ("model: {hidden_channels: [0]}", r"model.hidden_channels must be .* found \[0\]"),
+        ("model: {event_shape: [1, 0, 8]}", r"model.event_shape must be .* found \[1, 0, 8\]"),
+        ("guide: {transforms: -2}", "guide.transforms must be at least 1, found -2"),
+        ("guide: {hidden_dims: [0]}", r"guide.hidden_dims must be at least 1, found \[0\]"),
         ("a: [", "is no configuration"),
     ],
 )
@@ -207,6 +238,19 @@ def test_a_run_opens_as_it_was(weights, tmp_path):
     assert run.data().event_shape == run.model.event_shape
     assert run.data() is run.data()
     assert "mlp × gaussian × BetaVAE_ELBO on digits" in repr(run)
+
+
+def test_a_run_in_double_precision_opens_in_it(tmp_path):
+    weights = saved(tmp_path, Config(model=SMALL, loss=LossConfig("GECO_ELBO", {"tolerance": 0.1})))
+    precise = {k: v.double() * (1 + 1e-12) if v.is_floating_point() else v
+               for k, v in weights.items()}  # fmt: skip
+    runs.save_weights(precise, tmp_path / "best.safetensors")
+    run = open_run(tmp_path)
+    found = runs.weights_of(run.model, run.guide, run.loss)
+    assert all(torch.equal(value, found[name]) for name, value in precise.items())
+    x = run.data().test.x[:3]
+    assert x.dtype == run.model.sample(1).dtype == run.guide(x)["z"].dtype == torch.float64
+    assert isinstance(run.loss.loss(run.model, run.guide, x), float)
 
 
 def test_multipliers_open_as_they_were(tmp_path):

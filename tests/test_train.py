@@ -230,7 +230,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     assert len(bounds) == 4
     assert bounds[-1] > bounds[0]
     assert -float(rows[-1]["val_loss"]) < bounds[-1]  # ten particles against one
-    assert float(rows[-1]["lr"]) == pytest.approx(1e-2 * 0.03 ** (159 / 160))
+    assert float(rows[-1]["lr"]) == pytest.approx(1e-2 * 0.1 ** (159 / 160))
     pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert pictures == [
         f"epoch_{epoch:04d}_{name}.png"
@@ -327,7 +327,7 @@ def test_a_run_that_is_killed_resumes_to_the_bit(tmp_path):
 
 def test_training_stops_when_validation_no_longer_improves(tmp_path):
     # nothing is learned: the learning rate is next to nothing
-    config = small(num_epochs=50, validate_every=1, patience=2, lr=1e-12, final_lr=None)
+    config = small(num_epochs=50, validate_every=1, patience=2, lr=1e-12)
     train(config, tmp_path)
     rows = log_of(tmp_path)
     assert 3 <= len(rows) < 50
@@ -370,6 +370,9 @@ def test_precision(precision, tmp_path):
     weights = checkpoint_of(tmp_path)["state_dict"]
     assert {v.dtype for v in weights.values() if v.is_floating_point()} == {expected}
     assert run.model.sample(1).isfinite().all()
+    x = run.data().test.x[:3]
+    assert x.dtype == run.model.sample(1).dtype == run.guide(x)["z"].dtype == expected
+    assert open_run(tmp_path, "last").loss.loss(run.model, run.guide, x) > -math.inf
 
 
 @pytest.mark.slow
@@ -612,6 +615,28 @@ def test_an_empty_split_is_refused(tmp_path, monkeypatch):
     data = load("digits")
     with pytest.raises(ValueError, match="empty"):
         replace(data, validation=type(data.validation)(data.validation.x[:0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [({}, (1e-5, 1e-6)), ({"final_lr": 1e-5}, (1e-5, 1e-5)), ({"final_lr": 1e-7}, (1e-5, 1e-7))],
+)
+def test_the_rate_falls_from_lr_to_final_lr(settings, rates, digits):
+    config = small(lr=1e-5, **settings)
+    config = replace(
+        config,
+        model=replace(config.model, event_shape=[1, 8, 8], observation="gaussian"),
+    )
+    module = training._module(config, *build(config), load("digits", train_size=256))
+    (optimizer,) = module.configure_optimizers()
+    lr = optimizer.param_groups[0]["initial_lr"]
+    assert (lr, lr * module.schedule(1.0)) == pytest.approx(rates)
+
+
+def test_training_is_refused_on_what_lightning_would_not_use(tmp_path):
+    with pytest.raises(ValueError, match="device: training runs on 'cpu' or 'cuda', found 'meta'"):
+        train(small(), tmp_path / "run", device="meta")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
