@@ -139,7 +139,7 @@ def evaluate(run: Path, device: str = "cpu", seed: int = 0) -> int:
     found = open_run(run)
     check_writable(run)
     model, guide = found.model.to(place), found.guide.to(place)
-    report(model, guide, found.data().to(place), run, seed=seed)
+    report(model, guide, found.data().to(place), run, loss=found.loss, seed=seed)
     print((run / "report.md").read_text(encoding="utf-8"))
     print(f"written to {run}", file=sys.stderr)
     return 0

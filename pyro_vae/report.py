@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
+import pyro.poutine as poutine
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from pyro.distributions import MultivariateNormal
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from . import evaluate
 from ._version import __version__
 from .joint import Estimate, Joint, chunks, evaluation_mode, has_exact_density, posterior
+from .losses import DVAE_ELBO, GRAE_ELBO
 from .mcmc import HMC
 from .pictures import draw_grid
 
@@ -34,6 +37,7 @@ NUM_BINS = 100
 GRID = 150  # points a side, for a posterior of up to two dimensions
 NUM_SAMPLES = 64  # in a picture
 NUM_RECONSTRUCTIONS = 10
+GRAE_ROWS = 256  # whose Jacobians are there at once
 HMC_CHAINS, HMC_SAMPLES, HMC_WARMUP = 64, 150, 200
 
 
@@ -43,6 +47,7 @@ def report(
     data: Data,
     out: str | Path,
     *,
+    loss: Any = None,
     num_examples: int = 300,
     elbo_particles: int = 100,
     iwae_particles: int = 1000,
@@ -76,6 +81,9 @@ def report(
         data: A data set, as :func:`pyro_vae.data.load` returns it. It is brought to the device and
             dtype of the model's first parameter.
         out: A directory, made if it does not exist; files of these names are replaced.
+        loss: What the guide was trained with. A :class:`~pyro_vae.losses.GRAE_ELBO`, alone or
+            inside a :class:`~pyro_vae.losses.DVAE_ELBO`, trains the guide's mean alone: q(z|x) is
+            then its ``posterior``. Any other loss changes nothing.
         num_examples: Of the test split, drawn at random, for ELBO and IWAE; at most all.
         elbo_particles: Draws from q(z|x) for each.
         iwae_particles: k of IWAE-k.
@@ -98,12 +106,13 @@ def report(
 
     Returns:
         What is in ``metrics.json``: ``metrics`` by name, each with ``value``, ``std_error``,
-        ``data_std_error`` and ``about``; ``settings``; ``data``; ``left_out``, the reasons by
-        name; ``pictures``; ``seconds``; ``versions``.
+        ``data_std_error`` and ``about``; ``q``, whose q(z|x) it is; ``settings``; ``data``;
+        ``left_out``, the reasons by name; ``pictures``; ``seconds``; ``versions``.
 
     Raises:
         ValueError: For numbers out of range, parameters that are not finite, a directory that
-            cannot be made, data that do not fit the model.
+            cannot be made, data that do not fit the model, or where GRAE's posterior with the
+            exact Hessian does not exist.
 
     Example:
         >>> import tempfile
@@ -122,7 +131,8 @@ def report(
         >>> found["metrics"]["elbo"]["value"] < 0
         True
     """
-    settings = {k: v for k, v in locals().items() if k not in ("model", "guide", "data", "out")}
+    not_settings = ("model", "guide", "data", "out", "loss")
+    settings = {k: v for k, v in locals().items() if k not in not_settings}
     _check(settings)
     for who, module in (("model", model), ("guide", guide)):
         for name, value in _parameters(module):
@@ -139,13 +149,14 @@ def report(
     devices = [like.device] if like.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), evaluation_mode(model, guide):
         torch.manual_seed(seed)
-        judge = _Judge(model, guide, data, out, settings)
+        judge = _Judge(model, guide, data, out, settings, loss)
         judge.run()
     found: dict[str, Any] = {
         "metrics": {name: _as_dict(*entry) for name, entry in judge.metrics.items()},
         "side_by_side": judge.side_by_side,
         "classes": judge.classes,
         "left_out": judge.left_out,
+        "q": judge.q,
         "data": {"name": data.name, "source": data.source, "kind": data.kind}
         | {f"num_{name}": len(part.x) for name, part in data.splits.items()},
         "settings": settings | {"device": str(like.device), "dtype": str(like.dtype)},
@@ -192,14 +203,35 @@ def _parameters(module: object) -> Iterator[tuple[str, Tensor]]:
         yield from module.named_buffers()
 
 
+def _grae_guide(loss: GRAE_ELBO, model: Callable, guide: Callable, site: str) -> Callable:
+    """Return the guide that GRAE stands for: its own covariance was never trained."""
+
+    def grae(x: Tensor) -> None:
+        with poutine.block():
+            parts = [loss.posterior(model, guide, x[rows]) for rows in chunks(len(x), GRAE_ROWS)]
+        loc = torch.cat([part.loc for part in parts])
+        q = MultivariateNormal(loc, scale_tril=torch.cat([part.scale_tril for part in parts]))
+        with pyro.plate("data", len(x)):
+            pyro.sample(site, q)
+
+    return grae
+
+
 class _Judge:
     """Computes the figures one after another and remembers what became of each."""
 
     def __init__(
-        self, model: Callable, guide: Callable, data: Data, out: Path, settings: dict[str, Any]
+        self,
+        model: Callable,
+        guide: Callable,
+        data: Data,
+        out: Path,
+        settings: dict[str, Any],
+        loss: Any,
     ) -> None:
         self.model, self.guide, self.data, self.out = model, guide, data, out
         self.settings = settings
+        self.guide_name, self.q = type(guide).__name__, "the guide's"
         self.metrics: dict[str, tuple[str, str, Estimate, str]] = {}  # section, label, about
         self.side_by_side: dict[str, dict[str, float | None]] = {}
         self.classes: dict[str, list[float]] = {}
@@ -208,6 +240,12 @@ class _Judge:
         self.seconds: dict[str, float] = {}
         self.chunks = {"chunk_size": settings["chunk_size"]}
         self.joint = Joint(model, data.test.x)
+        while isinstance(loss, DVAE_ELBO):
+            loss = loss.elbo
+        if isinstance(loss, GRAE_ELBO):
+            self.guide = _grae_guide(loss, model, guide, self.joint.site)
+            equation = 9 if loss.curvature == "hessian" else 11
+            self.q = f"GRAE's posterior, equation ({equation}) about the guide's mean"
         order = torch.randperm(len(data.test.x))[: settings["num_examples"]]
         self.x = data.test.x[order.to(data.test.x.device)]
         count = settings["aggregate_examples"]
@@ -713,13 +751,14 @@ def _error(error: float | None) -> str:
 
 def _markdown(found: dict[str, Any], judge: _Judge) -> str:
     data, settings = found["data"], found["settings"]
-    model, guide = (type(o).__name__ for o in (judge.model, judge.guide))
+    model, guide = type(judge.model).__name__, judge.guide_name
     sizes = ", ".join(f"{data[f'num_{part}']} {part}" for part in judge.data.splits)
     lines = [
         f"# {model} and {guide} on {data['name']}",
         "",
         f"Data: {data['source']}; {sizes}; elements: {data['kind']}; an example is "
-        f"{list(judge.joint.event_shape)}, z has {judge.joint.latent_dim} dimensions.",
+        f"{list(judge.joint.event_shape)}, z has {judge.joint.latent_dim} dimensions. "
+        f"q(z|x) is {judge.q}.",
         "",
         "Log densities in nats, summed over the elements of an example, all constants included. "
         "Beside each value the Monte Carlo standard error for these very examples, and, where the "

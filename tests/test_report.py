@@ -18,6 +18,7 @@ from torch import nn
 
 from pyro_vae.data import Data, Split, load
 from pyro_vae.guides import Gaussian, Implicit
+from pyro_vae.losses import DVAE_ELBO, GRAE_ELBO, BetaVAE_ELBO
 from pyro_vae.models import VAE, Bernoulli
 from pyro_vae.models import Gaussian as GaussianObservation
 from pyro_vae.nn import MLP
@@ -202,6 +203,29 @@ def test_figures_are_those_of_the_linear_gaussian_model(tmp_path: Path) -> None:
     assert abs(metrics["log_det_cov"]["value"]) < 4 * metrics["log_det_cov"]["std_error"]
     information = -float(torch.logdet(truth.covariance)) / 2
     assert metrics["mutual_information"]["value"] == pytest.approx(information, abs=0.1)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_q_of_a_grae_run_is_its_posterior(tmp_path: Path, inside: bool) -> None:
+    """On a linear-Gaussian model that is the exact one, whatever the guide's own covariance."""
+    truth = LinearGaussian(d=3, x_dim=5)
+    torch.manual_seed(0)
+    splits = (Split(truth.draw(n), None) for n in (20, 5, 20))
+    data = Data("made", *splits, kind="real", source="made up")
+    grae = GRAE_ELBO()
+    loss = DVAE_ELBO(0.1, elbo=grae) if inside else grae
+    untrained = Exact(truth, width=5.0, diagonal=True)
+    quick = QUICK | {"svi_examples": 0, "ais_examples": 0, "posterior_examples": 0}
+    found = report(truth.vae(), untrained, data, tmp_path, loss=loss, **quick)
+    exact = float(truth.evidence(data.test.x).mean())
+    assert found["metrics"]["iwae"]["value"] == pytest.approx(exact)
+    assert found["q"] == "GRAE's posterior, equation (11) about the guide's mean"
+    text = (tmp_path / "report.md").read_text()
+    assert found["q"] in text
+    assert text.startswith("# VAE and Exact on made")
+    other = report(truth.vae(), untrained, data, tmp_path, loss=BetaVAE_ELBO(), **quick)
+    assert other["metrics"]["elbo"]["value"] < exact - 5
+    assert other["q"] == "the guide's"
 
 
 @pytest.mark.parametrize("event_shape", [(1, 8, 8), (3, 6, 5), (2,), (7,)])
