@@ -65,6 +65,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # n
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+from lightning.pytorch.strategies.launchers.multiprocessing import (  # noqa: E402
+    _MultiProcessingLauncher,
+)
 
 __all__ = ["Batches", "LightningELBO", "exponential", "train"]
 
@@ -500,6 +504,24 @@ class _CheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
+class _Launcher(_MultiProcessingLauncher):
+    """Lightning's, of a class that is found here.
+
+    The first thing that a process is given is this. To find it, it imports this module, and with
+    it torchvision, as it has to be imported, before Lightning.
+    """
+
+
+class _Spawned(DDPStrategy):
+    """Processes of their own, from wherever training is called."""
+
+    def __init__(self) -> None:
+        super().__init__(start_method="spawn", find_unused_parameters=True)
+
+    def _configure_launcher(self) -> None:
+        self._launcher = _Launcher(self, start_method="spawn")
+
+
 class _Keep(Checkpoint):
     """Write the last state every so often, the best weights when they are found, and a log."""
 
@@ -778,10 +800,10 @@ def _trainer(
         labels = None if y is None else y[:NUM_PICTURED]
         callbacks.append(_Pictures(out / "pictures", settings.picture_every, x, labels))
     callbacks.append(_Keep(out, f"val_{monitor}", mode, settings.checkpoint_seconds))
-    strategy = "auto"
+    strategy: Any = "auto"
     if settings.devices * settings.num_nodes > 1:
         launched = "LOCAL_RANK" in os.environ or settings.num_nodes > 1
-        strategy = f"ddp{'' if launched else '_spawn'}_find_unused_parameters_true"
+        strategy = "ddp_find_unused_parameters_true" if launched else _Spawned()
     devices: Any = settings.devices
     if device.type == "cuda" and settings.devices == 1:
         devices = [device.index or 0]

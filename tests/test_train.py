@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import math
 import os
+import pickle
+import pickletools
 import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -426,6 +429,40 @@ def test_two_processes_under_lightning(guide, loss, options, tmp_path):
     else:
         assert checkpoint_of(out)["state_dict"]["loss.multipliers"] != 1
     assert open_run(out).model.sample(1).isfinite().all()
+
+
+def test_a_process_imports_torchvision_before_lightning(tmp_path):
+    """What a process is given is found in pyro_vae.train before anything of Lightning's."""
+    config = small(devices=2)
+    model = replace(config.model, event_shape=[1, 8, 8], observation="gaussian")
+    config, data = replace(config, model=model), load("digits", train_size=256)
+    module = training._module(config, *build(config), data)
+    trainer = training._trainer(config, module, data, tmp_path, torch.device("cpu"), False)
+    launcher = trainer.strategy.launcher
+    given = pickletools.genops(pickle.dumps(launcher._wrapping_function))
+    names = [arg for _, arg, _ in given if isinstance(arg, str) and arg in sys.modules]
+    first = next(name for name in names if name not in ("builtins", "copyreg"))
+    assert first == training.__name__
+    assert launcher._start_method == "spawn"
+    assert trainer.strategy._ddp_kwargs == {"find_unused_parameters": True}
+
+
+@pytest.mark.slow
+def test_two_processes_from_the_command_line(tmp_path):
+    options = {"devices": 2, "num_epochs": 1, "picture_every": 0}
+    done = subprocess.run(
+        [
+            *(Path(sys.executable).parent / "pyro-vae", "train", "--out", tmp_path / "run"),
+            *(f"--training.{name}={value}" for name, value in options.items()),
+            *("--data.train_size=128", "--model.hidden_dims=[8]"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in log_of(tmp_path / "run")] == ["1"]
 
 
 # --- what may happen to files ---------------------------------------------------------------------
