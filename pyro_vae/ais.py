@@ -28,11 +28,13 @@ class AIS(NamedTuple):
     """What annealed importance sampling found.
 
     Attributes:
-        log_evidence: The estimate of the mean log p(x), a lower bound in expectation.
+        log_evidence: The estimate of the mean log p(x), a lower bound in expectation. Where its
+            ``effective`` chains are fewer than 2, its standard error is not to be trusted.
         log_weights: Of each chain [C, N].
         z: Where the chains ended [C, N, d]: with these weights, draws from p(z|x).
-        accept_prob: The mean acceptance probability of each chain [C, N]. Far below 0.65: the step
-            size did not follow the temperatures, of which there should be more.
+        accept_prob: The mean acceptance probability of each chain [C, N], which step sizes are
+            adapted to: near ``target_accept`` however poorly chains mix, and no sign of a good
+            estimate. That is the gap of :func:`bdmc`.
     """
 
     log_evidence: Estimate

@@ -150,7 +150,8 @@ def iwae(
 
     .. math:: \log \tfrac{1}{k} \sum_{s=1}^k \frac{p(x, z_s)}{q(z_s|x)}, \qquad z_s \sim q(z|x)
 
-    A lower bound in expectation, too low by about half the squared standard error of each example.
+    A lower bound in expectation, too low by about half the squared standard error of each example,
+    if there are many ``effective`` particles; below 2 the standard error is not to be trusted.
 
     Args:
         model: As in :func:`elbo`.
@@ -190,7 +191,9 @@ class IWSVI(NamedTuple):
     """What importance-weighted stochastic variational inference found, means over examples.
 
     Attributes:
-        log_evidence: log p(x), IWAE-k with the improved q*, a lower bound in expectation.
+        log_evidence: log p(x), IWAE-k with the improved q*, a lower bound in expectation. Where
+            its ``effective`` particles are fewer than 2, its standard error, and that of the gaps,
+            is not to be trusted.
         elbo: With the guide; None without one, or if its density is learned.
         best_elbo: With the q* that was improved on the ELBO.
         inference_gap: log p(x) − the guide's ELBO; None where there is none.
@@ -867,8 +870,8 @@ def class_distribution(
         chunk_size: How many latents are decoded at once.
 
     Raises:
-        ValueError: For missing or unfitting labels, numbers out of range, or what :class:`Joint`
-            refuses.
+        ValueError: For missing or unfitting labels, labels of a single class, none of the test's
+            classes in the training split, numbers out of range, or what :class:`Joint` refuses.
 
     References:
         | InfoVAE: Balancing Learning and Inference in Variational Autoencoders (Zhao, Song, Ermon,
@@ -887,6 +890,7 @@ def class_distribution(
     _check_least(num_samples=(num_samples, 2), num_steps=(num_steps, 1), batch_size=(batch_size, 1))
     (x, y), (test_x, test_y) = _labelled("train", train), _labelled("test", test)
     joint = Joint(model, x)
+    _check_classes(y, test_y)
     num_classes = int(max(y.max(), test_y.max())) + 1
     classifier = _classifier(x, y, num_classes, hidden_dims, num_steps, batch_size)
     with torch.no_grad(), evaluation_mode(model):
@@ -966,8 +970,8 @@ def svm_error(
         The share of wrong labels, with its binomial standard error.
 
     Raises:
-        ValueError: For missing or unfitting labels, labels of a single class, or what
-            :class:`Joint` refuses.
+        ValueError: For missing or unfitting labels, labels of a single class, none of the test's
+            classes among these, or what :class:`Joint` refuses.
 
     References:
         | InfoVAE: Balancing Learning and Inference in Variational Autoencoders (Zhao, Song, Ermon,
@@ -988,8 +992,7 @@ def svm_error(
     _check_least(num_labels=(num_labels, 2))
     (x, y), (test_x, test_y) = _labelled("train", train), _labelled("test", test)
     rows = torch.randperm(len(x), device=x.device)[:num_labels]
-    if len(y[rows].unique()) < 2:
-        raise ValueError("train: expected labels of at least two classes, found one")
+    _check_classes(y[rows], test_y)
     codes = latents(model, guide, x[rows], mean=True, chunk_size=chunk_size)
     test_codes = latents(model, guide, test_x, mean=True, chunk_size=chunk_size)
     # Which draws from NumPy's global generator unless told otherwise.
@@ -1015,3 +1018,13 @@ def _labelled(name: str, split: tuple[Tensor, Tensor | None]) -> tuple[Tensor, T
             f"{name} must have a label for each example: found {list(y.shape)}, expected {len(x)}"
         )
     return x, y
+
+
+def _check_classes(y: Tensor, test_y: Tensor) -> None:
+    if len(y.unique()) < 2:
+        raise ValueError("train: expected labels of at least two classes, found one")
+    if not torch.isin(test_y, y).any():
+        raise ValueError(
+            f"test: expected labels of the classes in train, found {test_y.unique().tolist()} and "
+            f"in train {y.unique().tolist()}"
+        )

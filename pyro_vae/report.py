@@ -37,6 +37,7 @@ NUM_BINS = 100
 GRID = 150  # points a side, for a posterior of up to two dimensions
 NUM_SAMPLES = 64  # in a picture
 NUM_RECONSTRUCTIONS = 10
+LEAST_EFFECTIVE = 2  # importance weights of an example, for a standard error
 GRAE_ROWS = 256  # whose Jacobians are there at once
 HMC_CHAINS, HMC_SAMPLES, HMC_WARMUP = 64, 150, 200
 
@@ -100,14 +101,17 @@ def report(
         classifier_steps: To train the classifier of these.
         num_labels: For the support vector machine.
         posterior_examples: Whose true posterior is drawn; 0 leaves the picture out.
-        chunk_size: How many latents are decoded at once.
+        chunk_size: How many latents are decoded at once, or examples encoded; of pairs of these,
+            for what is said of q(z), its square at most.
         compile: Whether AIS compiles its leapfrog step; by default where it takes many.
         seed: Of all random numbers; torch's generators are left as they were.
 
     Returns:
         What is in ``metrics.json``: ``metrics`` by name, each with ``value``, ``std_error``,
-        ``data_std_error`` and ``about``; ``q``, whose q(z|x) it is; ``settings``; ``data``;
-        ``left_out``, the reasons by name; ``pictures``; ``seconds``; ``versions``.
+        ``data_std_error`` and ``about``; ``q``, whose q(z|x) it is; ``scores``, what likelihoods
+        are: log densities, log probabilities, or, of a Bernoulli observation of grey data, negative
+        cross-entropies; ``settings``; ``data``; ``left_out``, the reasons by name; ``pictures``;
+        ``seconds``; ``versions``.
 
     Raises:
         ValueError: For numbers out of range, parameters that are not finite, a directory that
@@ -157,6 +161,7 @@ def report(
         "classes": judge.classes,
         "left_out": judge.left_out,
         "q": judge.q,
+        "scores": "Negative cross-entropies" if judge.grey else judge.scores,
         "data": {"name": data.name, "source": data.source, "kind": data.kind}
         | {f"num_{name}": len(part.x) for name, part in data.splits.items()},
         "settings": settings | {"device": str(like.device), "dtype": str(like.dtype)},
@@ -217,6 +222,38 @@ def _grae_guide(loss: GRAE_ELBO, model: Callable, guide: Callable, site: str) ->
     return grae
 
 
+def _degenerate(effective: Tensor) -> int:
+    """Count the examples in which a single importance weight dominates."""
+    return int((effective < LEAST_EFFECTIVE).sum())
+
+
+def _effective(found: Estimate) -> str:
+    """Say how many effective weights there are, and where they are too few for a standard error."""
+    assert found.effective is not None
+    effective = found.effective.double()
+    median, least = float(effective.quantile(0.5)), float(effective.min())
+    said = f"effective ones: median {median:.{1 if median < 100 else 0}f}, least {least:.1f}"
+    if few := _degenerate(effective):
+        said += (
+            f"; weights degenerate in {few} of {len(effective)} examples: a lower bound, its s.e. "
+            "is not to be trusted"
+        )
+    return said
+
+
+def _family(distribution: Any) -> Any:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _is_discrete(family: Any) -> bool:
+    try:
+        return bool(family.support.is_discrete)
+    except NotImplementedError:
+        return False
+
+
 class _Judge:
     """Computes the figures one after another and remembers what became of each."""
 
@@ -239,6 +276,8 @@ class _Judge:
         self.pictures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.chunks = {"chunk_size": settings["chunk_size"]}
+        # Of which the side of a square is encoded at once.
+        self.pairs = {"chunk_size": min(evaluate.PAIRS, settings["chunk_size"] ** 2)}
         self.joint = Joint(model, data.test.x)
         while isinstance(loss, DVAE_ELBO):
             loss = loss.elbo
@@ -253,7 +292,19 @@ class _Judge:
         self.aggregate = data.train.x[order]
         with torch.no_grad():
             q = posterior(guide, self.x[:1], self.joint)
+            likelihood = self.joint.likelihood(q.sample(), self.x[:1])
         self.exact = has_exact_density(q)
+        family = _family(likelihood)
+        binary = all(((p.x == 0) | (p.x == 1)).all() for p in (data.test, data.train))
+        self.grey = isinstance(family, torch.distributions.Bernoulli) and not binary
+        self.scores = "Log probabilities" if _is_discrete(family) else "Log densities"
+        if self.grey:
+            self.scores = (
+                "The observation is Bernoulli and the data are grey, neither 0 nor 1: what stands "
+                "for log p(x|z) is a negative cross-entropy, no log density, and so are ELBO and "
+                "log p(x), which compare with nothing but others like them. Negative "
+                "cross-entropies"
+            )
 
     def run(self) -> None:
         for part in (
@@ -279,7 +330,12 @@ class _Judge:
         if not count or values is None or errors is None or len(values) < count:
             return
         part = Estimate.mean(values[:count], errors[:count])
-        self.side_by_side[name] = {"value": part.value, "std_error": part.std_error}
+        few = None if found.effective is None else _degenerate(found.effective[:count])
+        self.side_by_side[name] = {
+            "value": part.value,
+            "std_error": part.std_error,
+            "degenerate": few,
+        }
 
     def _likelihood(self) -> None:
         s, x = self.settings, self.x
@@ -309,12 +365,7 @@ class _Judge:
             return
         k = s["iwae_particles"]
         estimate = evaluate.iwae(self.model, self.guide, x, k, **self.chunks)
-        assert estimate.per_example_error is not None
-        ess = 1 / (estimate.per_example_error.square() * (k - 1) / k + 1 / k)
-        about = (
-            f"{len(x)} test examples, {k} particles; effective ones: median "
-            f"{float(ess.median()):.0f}, least {float(ess.min()):.1f}"
-        )
+        about = f"{len(x)} test examples, {k} particles; {_effective(estimate)}"
         self._add(where, "iwae", f"log p(x), IWAE-{k}", estimate, about)
         self._compare(f"IWAE-{k}", estimate)
 
@@ -327,6 +378,7 @@ class _Judge:
         k, steps = s["svi_particles"], s["svi_steps"]
         found = evaluate.iw_svi(self.model, self.guide, x, k, num_steps=steps, **self.chunks)
         about = f"{len(x)} test examples, twice {steps} steps, {k} particles"
+        about += f"; {_effective(found.log_evidence)}"
         where = "Likelihood"
         self._add(where, "iw_svi", f"log p(x), IW-SVI-{k}", found.log_evidence, about)
         self._compare(f"IW-SVI-{k}", found.log_evidence)
@@ -351,22 +403,29 @@ class _Judge:
         options = self.chunks | {"compile": s["compile"]}
         sizes = f"{arguments[0]} temperatures, {arguments[1]} chains"
         found = evaluate.ais(self.model, x, *arguments, **options)
-        about = f"{len(x)} test examples, {sizes}, acceptance {float(found.accept_prob.mean()):.2f}"
+        about = f"{len(x)} test examples, {sizes}; {_effective(found.log_evidence)}"
         where = "Likelihood"
         self._add(where, "ais", "log p(x), AIS", found.log_evidence, about)
         self._compare("AIS", found.log_evidence)
+        if self.grey:
+            self.left_out["bdmc"] = (
+                "the model makes binary data, the data are grey: a gap on the one says nothing of "
+                "the other"
+            )
+            return
         sides = evaluate.bdmc(self.model, x, *arguments, **options)
         about = f"{len(x)} simulated examples, {sizes}"
         for name, estimate in (("lower", sides.lower), ("upper", sides.upper), ("gap", sides.gap)):
             label = "BDMC gap" if name == "gap" else f"BDMC {name} bound"
-            self._add(where, f"bdmc_{name}", label, estimate, about)
+            said = f"{about}; {_effective(estimate)}" if name == "lower" else about
+            self._add(where, f"bdmc_{name}", label, estimate, said)
 
     def _aggregate_posterior(self) -> None:
         s, x = self.settings, self.aggregate
         arguments = (self.model, self.guide, x)
         where, about = "Aggregate posterior", f"{len(x)} training examples"
         if self.exact:
-            found = evaluate.marginal_kl(*arguments, s["marginal_samples"])
+            found = evaluate.marginal_kl(*arguments, s["marginal_samples"], **self.pairs)
             draws = f"{about}, {s['marginal_samples']} draws"
             label = "KL(q(z) ‖ p(z))"
             self._add(where, "marginal_kl", label, found.marginal_kl, draws)
@@ -377,7 +436,7 @@ class _Judge:
             reason = "the guide has no exact density"
             self.left_out["marginal_kl"] = self.left_out["mutual_information"] = reason
         if len(x) > 1:
-            mmd = evaluate.aggregate_mmd(*arguments)
+            mmd = evaluate.aggregate_mmd(*arguments, **self.pairs)
             self._add(where, "mmd", "MMD² of q(z) and p(z)", mmd, f"{about}, RBF kernel, ℓ² = d")
             active = evaluate.active_units(*arguments, **self.chunks)
             count = f"{about}; of {self.joint.latent_dim}, Var E[z_i\\|x] > 0.01"
@@ -390,35 +449,42 @@ class _Judge:
             self.left_out["log_det_cov"] = "no more examples than dimensions"
 
     def _labels(self) -> None:
-        s = self.settings
         train, test = self.data.train, self.data.test
         if train.y is None or test.y is None:
             for name in ("class_cross_entropy", "svm_error"):
                 self.left_out[name] = f"{self.data.name} has no labels"
             return
-        where = "Samples and labels"
-        found = evaluate.class_distribution(
-            self.model,
-            (train.x, train.y),
-            (test.x, test.y),
-            s["class_samples"],
-            num_steps=s["classifier_steps"],
-            **self.chunks,
-        )
+        self._classes((train.x, train.y), (test.x, test.y))
+        self._svm((train.x, train.y), (test.x, test.y))
+
+    def _classes(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+        s, where = self.settings, "Samples and labels"
+        count, steps = s["class_samples"], s["classifier_steps"]
+        try:
+            found = evaluate.class_distribution(
+                self.model, train, test, count, num_steps=steps, **self.chunks
+            )
+        except ValueError as error:  # labels that do not suffice: the rest is not lost for them
+            self.left_out["class_cross_entropy"] = str(error)
+            return
         about = f"{s['class_samples']} samples, a classifier of 256 hidden units"
         label = "l_ce, classes of samples against those of the data"
         self._add(where, "class_cross_entropy", label, found.cross_entropy, about)
-        about = f"{len(test.x)} test examples; what there is to reach"
+        about = f"{len(test[0])} test examples; what there is to reach"
         self._add(where, "class_cross_entropy_test", "l_ce of test examples", found.of_test, about)
         label = "test error of this classifier"
         self._add(where, "classifier_error", label, found.classifier_error, "")
         self.classes = {"data": found.true.tolist(), "samples": found.sampled.tolist()}
-        svm = evaluate.svm_error(
-            self.model, self.guide, (train.x, train.y), (test.x, test.y), s["num_labels"]
-        )
-        count = min(s["num_labels"], len(train.x))
+
+    def _svm(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+        count = min(self.settings["num_labels"], len(train[0]))
+        try:
+            svm = evaluate.svm_error(self.model, self.guide, train, test, count, **self.chunks)
+        except ValueError as error:
+            self.left_out["svm_error"] = str(error)
+            return
         about = f"RBF kernel, E[z\\|x] of {count} labelled training examples"
-        self._add(where, "svm_error", "test error of an SVM on latents", svm, about)
+        self._add("Samples and labels", "svm_error", "test error of an SVM on latents", svm, about)
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -760,9 +826,13 @@ def _markdown(found: dict[str, Any], judge: _Judge) -> str:
         f"{list(judge.joint.event_shape)}, z has {judge.joint.latent_dim} dimensions. "
         f"q(z|x) is {judge.q}.",
         "",
-        "Log densities in nats, summed over the elements of an example, all constants included. "
-        "Beside each value the Monte Carlo standard error for these very examples, and, where the "
-        "figure is a mean over examples, the standard error for the population they come from.",
+        f"{judge.scores} in nats, summed over the elements of an example, all constants included.",
+        "",
+        "The s.e. of likelihoods, gaps of inference, KL(q(z) ‖ p(z)), mutual information and l_ce "
+        "of samples is Monte Carlo's, for these very examples. That of BDMC's upper bound and gap, "
+        "MMD², log det Cov, active units, l_ce of test examples and test errors is over examples: "
+        "the bootstrap's for log det Cov and active units, binomial for errors. Where a likelihood "
+        "is a mean over examples, the s.e. over examples is for the population they come from.",
     ]
     section = ""
     for name, (where, label, estimate, about) in judge.metrics.items():
@@ -777,11 +847,18 @@ def _markdown(found: dict[str, Any], judge: _Judge) -> str:
     if len(judge.side_by_side) > 1:
         count = min(settings["ais_examples"], len(judge.x))
         lines += ["", f"## log p(x) of the same {count} test examples", ""]
-        lines += ["| | value | s.e. |", "|---|---|---|"]
+        lines += ["| | value | s.e. | weights degenerate |", "|---|---|---|---|"]
         for name, beside in judge.side_by_side.items():
-            shown = _number(beside["value"], beside["std_error"])
-            lines.append(f"| {name} | {shown} | {_error(beside['std_error'])} |")
-        lines += ["", "All are lower bounds in expectation: the largest is the closest."]
+            shown, few = _number(beside["value"], beside["std_error"]), beside["degenerate"]
+            share = "" if few is None else f"in {few} of {count}"
+            lines.append(f"| {name} | {shown} | {_error(beside['std_error'])} | {share} |")
+        lines += [
+            "",
+            "All are lower bounds in expectation: of two that differ by more than their standard "
+            "errors, the larger is the closer. Where weights are degenerate, with fewer than "
+            f"{LEAST_EFFECTIVE} effective ones, the s.e. is not to be trusted; how far AIS may be "
+            "from the truth, BDMC's gap says.",
+        ]
     if judge.classes:
         lines += ["", "## Classes", ""]
         lines.append("| | " + " | ".join(map(str, range(len(judge.classes["data"])))) + " |")

@@ -157,6 +157,14 @@ def test_log_mean_weight_against_many_repetitions() -> None:
     assert estimate.data_std_error == pytest.approx(spread / repetitions**0.5)
 
 
+def test_effective_weights_are_counted() -> None:
+    log_w = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -800.0, -torch.inf]]).double()
+    found = log_mean_weight(log_w.logsumexp(0), (2 * log_w).logsumexp(0), 2)
+    assert found.effective is not None
+    assert found.effective.tolist() == [2, 1, 0]
+    assert ais(TRUTH.vae(), TRUTH.draw(3), 10, 4).log_evidence.effective.shape == (3,)
+
+
 def test_one_chain_has_no_error() -> None:
     assert math.isnan(ais(TRUTH.vae(), TRUTH.draw(3), 10, 1).log_evidence.std_error)
     assert Estimate(1.0, 0.1).data_std_error is None

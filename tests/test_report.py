@@ -19,7 +19,7 @@ from torch import nn
 from pyro_vae.data import Data, Split, load
 from pyro_vae.guides import Gaussian, Implicit
 from pyro_vae.losses import DVAE_ELBO, GRAE_ELBO, BetaVAE_ELBO
-from pyro_vae.models import VAE, Bernoulli
+from pyro_vae.models import VAE, Bernoulli, DiscretizedLogistic
 from pyro_vae.models import Gaussian as GaussianObservation
 from pyro_vae.nn import MLP
 from pyro_vae.report import (
@@ -50,6 +50,7 @@ QUICK: dict[str, Any] = {
     "num_labels": 100,
     "posterior_examples": 2,
 }
+SHORT = QUICK | {"svi_examples": 0, "ais_examples": 0, "posterior_examples": 0}
 NAMES = {
     "elbo",
     "log_likelihood",
@@ -215,17 +216,94 @@ def test_q_of_a_grae_run_is_its_posterior(tmp_path: Path, inside: bool) -> None:
     grae = GRAE_ELBO()
     loss = DVAE_ELBO(0.1, elbo=grae) if inside else grae
     untrained = Exact(truth, width=5.0, diagonal=True)
-    quick = QUICK | {"svi_examples": 0, "ais_examples": 0, "posterior_examples": 0}
-    found = report(truth.vae(), untrained, data, tmp_path, loss=loss, **quick)
+    found = report(truth.vae(), untrained, data, tmp_path, loss=loss, **SHORT)
     exact = float(truth.evidence(data.test.x).mean())
     assert found["metrics"]["iwae"]["value"] == pytest.approx(exact)
     assert found["q"] == "GRAE's posterior, equation (11) about the guide's mean"
     text = (tmp_path / "report.md").read_text()
     assert found["q"] in text
     assert text.startswith("# VAE and Exact on made")
-    other = report(truth.vae(), untrained, data, tmp_path, loss=BetaVAE_ELBO(), **quick)
+    other = report(truth.vae(), untrained, data, tmp_path, loss=BetaVAE_ELBO(), **SHORT)
     assert other["metrics"]["elbo"]["value"] < exact - 5
     assert other["q"] == "the guide's"
+
+
+def test_degenerate_weights_are_marked(tmp_path: Path) -> None:
+    """Weights of a guide that is far off: the error of each is below 1, and means nothing."""
+    truth = LinearGaussian(d=3, x_dim=5, scale=0.01)
+    torch.manual_seed(0)
+    splits = (Split(truth.draw(n), None) for n in (20, 5, 20))
+    data = Data("made", *splits, kind="real", source="made up")
+    quick = QUICK | {"posterior_examples": 0, "svi_steps": 1, "ais_temperatures": 2}
+    found = report(truth.vae(), Exact(truth, shift=1.0), data, tmp_path, **quick)
+    text = (tmp_path / "report.md").read_text()
+    warning = "degenerate in {0} of {0} examples: a lower bound, its s.e. is not to be trusted"
+    for name, count in {"iwae": 20, "iw_svi": 5, "ais": 4, "bdmc_lower": 4}.items():
+        entry = found["metrics"][name]
+        assert math.isfinite(entry["std_error"])
+        assert re.search(r"effective ones: median 1\.\d, least 1\.\d", entry["about"])
+        assert warning.format(count) in entry["about"]
+        assert entry["about"] in text
+    assert found["side_by_side"]["AIS"]["degenerate"] == 4
+    assert found["side_by_side"]["ELBO"]["degenerate"] is None
+    assert "acceptance" not in text
+    good = report(truth.vae(), Exact(truth), data, tmp_path, **SHORT)
+    assert "degenerate" not in good["metrics"]["iwae"]["about"]
+
+
+@pytest.mark.parametrize("train_classes", [[3, 3], [4, 5]])
+def test_labels_that_do_not_suffice_cost_their_figures_alone(
+    tmp_path: Path, train_classes: list[int]
+) -> None:
+    data = digits()
+    y = torch.tensor(train_classes).repeat(75)
+    test = Split(data.test.x, torch.arange(150) % 3)
+    data = Data("digits", Split(data.train.x, y), data.validation, test, "unit", "made up")
+    found = report(*make(data), data, tmp_path, **SHORT)
+    reason = "at least two classes, found one" if train_classes == [3, 3] else "found [0, 1, 2]"
+    for name in ("class_cross_entropy", "svm_error"):
+        assert reason in found["left_out"][name]
+        assert name not in found["metrics"]
+    assert "elbo" in found["metrics"]
+    assert (tmp_path / "report.md").exists()
+
+
+def test_what_likelihoods_are_is_said(tmp_path: Path) -> None:
+    grey = digits()
+    splits = (Split((part.x > 0.5).float(), None) for part in grey.splits.values())
+    binary = Data("binary", *splits, kind="binary", source="made up")
+    _, guide = make(grey)
+    decoder = nn.Sequential(MLP(2, 64, (16,)), nn.Unflatten(-1, grey.event_shape))
+    model = VAE(decoder, Bernoulli(), 2, grey.event_shape)
+    quick = SHORT | {"ais_examples": 2}
+    found = report(model, guide, grey, tmp_path, **quick)
+    text = (tmp_path / "report.md").read_text()
+    assert found["scores"] == "Negative cross-entropies"
+    assert "no log density" in text
+    assert "Log densities" not in text
+    assert "the data are grey" in found["left_out"]["bdmc"]
+    assert not any(name.startswith("bdmc") for name in found["metrics"])
+    found = report(model, guide, binary, tmp_path, **quick)
+    assert found["scores"] == "Log probabilities"
+    assert "bdmc_gap" in found["metrics"]
+    assert "Log probabilities in nats" in (tmp_path / "report.md").read_text()
+    decoder = nn.Sequential(MLP(2, 128, (16,)), nn.Unflatten(-1, (2, 8, 8)))
+    model = VAE(decoder, DiscretizedLogistic(levels=17), 2, grey.event_shape)
+    assert report(model, guide, grey, tmp_path, **SHORT)["scores"] == "Log probabilities"
+    found = report(*make(grey), grey, tmp_path, **SHORT)
+    assert found["scores"] == "Log densities"
+    text = (tmp_path / "report.md").read_text()
+    assert "bootstrap's for log det Cov and active units" in text
+    assert "the largest is the closest" not in text
+
+
+def test_chunks_bound_what_is_encoded_at_once(tmp_path: Path) -> None:
+    data = digits()
+    model, guide = make(data)
+    rows = []
+    guide.encoder.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    report(model, guide, data, tmp_path, **SHORT | {"chunk_size": 12})
+    assert max(rows) <= 12
 
 
 @pytest.mark.parametrize("event_shape", [(1, 8, 8), (3, 6, 5), (2,), (7,)])
