@@ -124,7 +124,10 @@ def test_less_noise_than_latents_has_no_density(model):
         AutoImplicit(model, noise_dim=1).setup()
 
 
-@pytest.mark.parametrize("name", models.__all__)
+FUNCTIONS = [name for name in models.__all__ if not isinstance(getattr(models, name), type)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("make", [AutoFlow, AutoImplicit])
 def test_starts_on_every_model(make, name):
     """A half-Cauchy's mean is infinite: a guide must not start there."""
