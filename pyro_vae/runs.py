@@ -11,12 +11,13 @@ import contextlib
 import inspect
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -27,6 +28,7 @@ from .checkpoint import replacing
 from .data import Data, load
 from .guides import Flow, Gaussian, Implicit
 from .losses import TermsELBO
+from .losses.geco import Constraint
 from .models import VAE
 from .nn import (
     ConvDecoder,
@@ -581,10 +583,17 @@ def _make(value: Any, path: str, latent_dim: int) -> Any:
             if key not in known:
                 raise unknown_key(f"{path}.{key}", [f"{path}.{k}" for k in known], f"{name} option")
             arguments[key] = _make(option, f"{path}.{key}", latent_dim)
+            _check_kind(arguments[key], known[key].kind, f"{path}.{key}")
         if cls is ResidualDiscriminator:
             arguments.setdefault("latent_dim", latent_dim)
         if cls is divergences.Adversarial:
             arguments.setdefault("discriminator", ResidualDiscriminator(latent_dim))
+        for key, parameter in known.items():
+            if parameter.required and key not in arguments:
+                raise ValueError(
+                    f"{path}.{key} must be given for {name}: found none, "
+                    f"expected {_in_words(parameter.kind)}"
+                )
         try:
             return cls(**arguments)
         except (TypeError, ValueError) as error:
@@ -597,18 +606,90 @@ def _make(value: Any, path: str, latent_dim: int) -> Any:
     return value
 
 
-def _parameters(cls: type) -> list[str]:
-    """Return the names of a class's arguments, those passed on to its bases as well."""
-    names: list[str] = []
+class _Parameter(NamedTuple):
+    """What an argument may be, by its annotation, and whether it has to be given."""
+
+    kind: Any
+    required: bool
+
+
+def _parameters(cls: type) -> dict[str, _Parameter]:
+    """Return a class's arguments by name, those passed on to its bases as well."""
+    found: dict[str, _Parameter] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
-        found = inspect.signature(base).parameters.values()
-        named = [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names += [name for name in named if name not in names]
-        if not any(p.kind is p.VAR_KEYWORD for p in found):
+        kinds = get_type_hints(vars(base)["__init__"])
+        parameters = inspect.signature(base).parameters.values()
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found:
+                found[p.name] = _Parameter(kinds.get(p.name, Any), p.default is p.empty)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return names
+    return found
+
+
+def _check_kind(value: Any, kind: Any, path: str) -> None:
+    """Raise a ValueError if an option is not what its annotation says.
+
+    Where nothing but an object will do, the nearest name of one that fits is said.
+    """
+    if _is_of(value, kind):
+        return
+    options = _alternatives(kind)
+    names = [name for name, cls in REGISTRY.items() if any(_makes(cls, o) for o in options)]
+    plain = any(option in (int, float, bool, str) for option in options)
+    if names and not plain and not isinstance(value, (list, nn.Module)):
+        raise unknown_key(str(value), names, path)
+    raise ValueError(f"{path}: found {value!r}, expected {_in_words(kind)}")
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return what a union is one of."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotation's kind: a whole number is a float, a list a tuple."""
+    for option in _alternatives(kind):
+        cls = get_origin(option) or option
+        if cls is Any:
+            return True
+        if cls in (int, float):
+            numbers = (int,) if cls is int else (int, float)
+            if isinstance(value, numbers) and not isinstance(value, bool):
+                return True
+        elif isinstance(value, list) and cls in (tuple, Sequence):
+            (element, *_) = get_args(option) or (Any,)
+            if all(_is_of(item, element) for item in value):
+                return True
+        elif isinstance(value, cls) and not (isinstance(value, str) and cls is not str):
+            return True
+    return False
+
+
+def _makes(cls: type, option: Any) -> bool:
+    """Whether objects of a class are what an annotation asks for."""
+    if option is nn.Module:
+        return cls is ResidualDiscriminator
+    if option == Constraint:
+        return cls in (constraints.ReconstructionError, constraints.PatchCrossCorrelation)
+    return isinstance(option, type) and issubclass(cls, option)
+
+
+def _in_words(kind: Any) -> str:
+    """Say what an annotation asks for."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    found = []
+    for option in _alternatives(kind):
+        cls = get_origin(option) or option
+        if cls in (tuple, Sequence):
+            found.append("a list")
+        elif cls is type(None):
+            found.append("null")
+        else:
+            found.append(words.get(cls, f"a {getattr(cls, '__name__', cls)}"))
+    return " or ".join(found)
 
 
 def check_data(model: VAE, data: Data) -> None:
