@@ -300,7 +300,7 @@ class _Judge:
         self.scores = "Log probabilities" if _is_discrete(family) else "Log densities"
         if self.grey:
             self.scores = (
-                "The observation is Bernoulli and the data are grey, neither 0 nor 1: what stands "
+                "The observation is Bernoulli and the data are grey, not all 0 or 1: what stands "
                 "for log p(x|z) is a negative cross-entropy, no log density, and so are ELBO and "
                 "log p(x), which compare with nothing but others like them. Negative "
                 "cross-entropies"
@@ -852,12 +852,13 @@ def _markdown(found: dict[str, Any], judge: _Judge) -> str:
             shown, few = _number(beside["value"], beside["std_error"]), beside["degenerate"]
             share = "" if few is None else f"in {few} of {count}"
             lines.append(f"| {name} | {shown} | {_error(beside['std_error'])} | {share} |")
+        gap = "bdmc_gap" in judge.metrics
         lines += [
             "",
             "All are lower bounds in expectation: of two that differ by more than their standard "
             "errors, the larger is the closer. Where weights are degenerate, with fewer than "
-            f"{LEAST_EFFECTIVE} effective ones, the s.e. is not to be trusted; how far AIS may be "
-            "from the truth, BDMC's gap says.",
+            f"{LEAST_EFFECTIVE} effective ones, the s.e. is not to be trusted"
+            + ("; how far AIS may be from the truth, BDMC's gap says." if gap else "."),
         ]
     if judge.classes:
         lines += ["", "## Classes", ""]

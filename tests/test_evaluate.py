@@ -299,6 +299,14 @@ def test_modes_and_gradients_are_left_as_they_were() -> None:
             lambda m, g, x: svm_error(m, g, (x, torch.zeros(3)), (x, torch.zeros(3))),
             "train must have a label for each example",
         ),
+        (
+            lambda m, g, x: svm_error(m, g, (x, torch.arange(5)), (x, torch.full((5,), 7))),
+            r"expected labels of the classes in train, found \[7\] and in train \[0, 1, 2, 3, 4\]",
+        ),
+        (
+            lambda m, g, x: class_distribution(m, (x, torch.ones(5).long()), (x, torch.arange(5))),
+            "labels of at least two classes, found one",
+        ),
     ],
 )
 def test_bad_input(call, message: str) -> None:  # type: ignore[no-untyped-def]
