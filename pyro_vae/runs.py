@@ -194,8 +194,10 @@ class TrainingConfig:
         adversary_lr: Learning rate of a discriminator, where there is one.
         num_adversary_steps: Its steps for each of the guide's.
         patience: Validations without improvement after which to stop; by default never.
-        monitor: What is to improve: "iwae", the importance-weighted bound, or "loss"; by default
-            the first where the guide's density is exact.
+        monitor: What is to improve: "iwae", the importance-weighted bound, or "loss"; "last" takes
+            the weights of the end for the best. By default the first where the guide's density is
+            exact and trained, and the last under GECO, whose multiplier changes the loss and which
+            does not train the observation's scale.
         num_particles: Particles of the importance-weighted bound on the validation split.
         validate_every: Epochs from one validation to the next.
         picture_every: Epochs from one set of pictures to the next, 0 for none.
@@ -215,7 +217,7 @@ class TrainingConfig:
     adversary_lr: float = 1e-3
     num_adversary_steps: int = 1
     patience: int | None = None
-    monitor: Literal["iwae", "loss"] | None = None
+    monitor: Literal["iwae", "loss", "last"] | None = None
     num_particles: int = 10
     validate_every: int = 5
     picture_every: int = 50

@@ -30,7 +30,7 @@ from .checkpoint import replacing
 from .data import Data, dynamic_binarize, import_torchvision
 from .distributed import num_processes
 from .fit import ADVERSARIAL_BETAS, COMPILE_FROM, Schedule, has_learned_density
-from .losses import DVAE_ELBO, GRAE_ELBO, IWAE_ELBO, KLSchedule
+from .losses import DVAE_ELBO, GECO_ELBO, GRAE_ELBO, IWAE_ELBO, KLSchedule
 from .pictures import picture_run, save_figure
 from .player import Player, describe_nonfinite, unconstrained
 from .runs import (
@@ -543,9 +543,9 @@ class _Keep(Checkpoint):
             return
         metrics = trainer.callback_metrics
         self.judged = {k: float(metrics[k]) for k in ("val_loss", "val_iwae") if k in metrics}
-        score = self.judged[self.monitor]
+        score = -math.inf if self.monitor == "val_last" else self.judged[self.monitor]
         score = -score if self.mode == "max" else score
-        if score < self.best:
+        if score < self.best or self.monitor == "val_last":
             self.best = score
             self.save_best(trainer, pl_module)
 
@@ -574,7 +574,7 @@ class _Keep(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.save(trainer, now=True)
-        if self.best == math.inf:  # no validation was finite
+        if self.best == math.inf or self.monitor == "val_last":  # or no validation was finite
             self.save_best(trainer, pl_module)
 
     def save(self, trainer: Trainer, now: bool = False) -> None:
@@ -785,7 +785,7 @@ def _trainer(
     progress: bool,
 ) -> Trainer:
     settings = config.training
-    monitor = settings.monitor or ("iwae" if _is_judged_by_iwae(module) else "loss")
+    monitor = settings.monitor or _default_monitor(module)
     if monitor == "iwae" and not module.has_exact_density:
         raise ValueError(
             "training.monitor 'iwae' needs a guide with an exact density, found "
@@ -793,6 +793,11 @@ def _trainer(
         )
     mode = "max" if monitor == "iwae" else "min"
     callbacks: list[Callback] = []
+    if settings.patience is not None and monitor == "last":
+        raise ValueError(
+            "training.patience stops where what is monitored no longer improves: found "
+            "training.monitor 'last', GECO's default; expected 'iwae' or 'loss'"
+        )
     if settings.patience is not None:
         callbacks.append(EarlyStopping(f"val_{monitor}", patience=settings.patience, mode=mode))
     if settings.picture_every:
@@ -827,12 +832,18 @@ def _trainer(
     )
 
 
-def _is_judged_by_iwae(module: LightningELBO) -> bool:
-    """Whether the guide's density is exact and trained: GRAE trains its mean alone."""
+def _default_monitor(module: LightningELBO) -> str:
+    """Return what says which weights are best: the IWAE where the guide's density is trained.
+
+    GRAE trains the guide's mean alone. Under GECO no figure will do: the observation's scale is not
+    trained, so that log p(x|z) means little, and the loss changes with its multiplier.
+    """
     loss: Any = module.loss
     while isinstance(loss, DVAE_ELBO):
         loss = loss.elbo
-    return module.has_exact_density and not isinstance(loss, GRAE_ELBO)
+    if isinstance(loss, GECO_ELBO):
+        return "last"
+    return "iwae" if module.has_exact_density and not isinstance(loss, GRAE_ELBO) else "loss"
 
 
 def _check_free(out: Path, resume: bool) -> None:

@@ -690,3 +690,19 @@ def test_a_run_on_cuda(tmp_path):
             out = tmp_path / f"{loss}_{compile}"
             run = train(small(loss=loss, options=options, compile=compile), out, device="cuda")
             assert run.model.sample(1).isfinite().all()
+
+
+def test_the_last_weights_are_gecos_best(tmp_path):
+    """Its multiplier changes the loss, and the bound is with a scale that it does not train."""
+    config = small(loss="GECO_ELBO", options={"tolerance": 0.12})
+    train(config, tmp_path / "run", progress=False)
+    best, last = (
+        open_run(tmp_path / "run", weights).model.state_dict() for weights in ("best", "last")
+    )
+    assert all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_geco_has_nothing_to_be_patient_about(tmp_path):
+    config = small(loss="GECO_ELBO", options={"tolerance": 0.12}, patience=2)
+    with pytest.raises(ValueError, match=r"training\.monitor 'last', GECO's default"):
+        train(config, tmp_path / "run", progress=False)
