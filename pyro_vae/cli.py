@@ -125,11 +125,31 @@ def train(
     return 0
 
 
-def evaluate(run: Path, device: str = "cpu", seed: int = 0) -> int:
+def evaluate(
+    run: Path,
+    num_examples: int = 300,
+    iwae_particles: int = 1000,
+    svi_examples: int = 100,
+    svi_particles: int = 1000,
+    ais_examples: int = 25,
+    ais_temperatures: int = 250,
+    ais_chains: int = 5,
+    chunk_size: int = 4096,
+    device: str = "cpu",
+    seed: int = 0,
+) -> int:
     """Judge a trained run: writes metrics.json, report.md and pictures into its directory.
 
     Args:
         run: Directory of the run.
+        num_examples: Test examples of the ELBO and IWAE.
+        iwae_particles: Particles of IWAE; papers take 5000.
+        svi_examples: Test examples of IW-SVI and the gaps.
+        svi_particles: Particles of IW-SVI.
+        ais_examples: Test examples of annealed importance sampling.
+        ais_temperatures: Its temperatures; papers take 1000.
+        ais_chains: Its chains for each example.
+        chunk_size: What bounds the memory: examples times particles at once.
         device: Where to run, such as cpu or cuda.
         seed: Seed of everything random.
     """
@@ -139,7 +159,22 @@ def evaluate(run: Path, device: str = "cpu", seed: int = 0) -> int:
     found = open_run(run)
     check_writable(run)
     model, guide = found.model.to(place), found.guide.to(place)
-    report(model, guide, found.data().to(place), run, loss=found.loss, seed=seed)
+    report(
+        model,
+        guide,
+        found.data().to(place),
+        run,
+        loss=found.loss,
+        num_examples=num_examples,
+        iwae_particles=iwae_particles,
+        svi_examples=svi_examples,
+        svi_particles=svi_particles,
+        ais_examples=ais_examples,
+        ais_temperatures=ais_temperatures,
+        ais_chains=ais_chains,
+        chunk_size=chunk_size,
+        seed=seed,
+    )
     print((run / "report.md").read_text(encoding="utf-8"))
     print(f"written to {run}", file=sys.stderr)
     return 0
