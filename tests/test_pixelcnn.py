@@ -170,7 +170,7 @@ def test_trains_in_captured_steps_with_particles(
     loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies of two images: their latents are found useful, or not; the loss falls either way."""
-    monkeypatch.setattr("pyro_vae.player.compile_graph", lambda graph, inputs: (graph, False))
+    monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
     model = VAE(decoder(height=4, width=4, num_layers=2).float(), Bernoulli(), D, (1, 4, 4))
     guide = GaussianGuide(MLPEncoder((1, 4, 4), 8, (16,)), D)
     particles = {"num_particles": 2, "vectorize_particles": True}

@@ -334,7 +334,7 @@ def losses_of(name: str, loss: str, compile: bool) -> list[float]:
 @pytest.mark.parametrize(("name", "loss"), PAIRS)
 def test_captured_steps_are_those_of_plain_pyro(name, loss, monkeypatch):
     """Without a warning: nothing falls back."""
-    monkeypatch.setattr("pyro_vae.player.compile_graph", lambda graph, inputs: (graph, False))
+    monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
     plain = losses_of(name, loss, compile=False)
     assert losses_of(name, loss, compile=True) == pytest.approx(plain, rel=1e-3, abs=1e-3)
 
@@ -359,7 +359,7 @@ def test_compiled_steps_are_those_of_plain_pyro():
 @pytest.mark.slow
 def test_batch_statistics_move_in_captured_steps(monkeypatch):
     """Buffers of a decoder with batch normalisation are those of plain steps."""
-    monkeypatch.setattr("pyro_vae.player.compile_graph", lambda graph, inputs: (graph, False))
+    monkeypatch.setattr("pyro_vae.compiled.compile_graph", lambda graph, inputs: (graph, False))
     found = []
     for compile in (False, True):
         torch.manual_seed(0)
