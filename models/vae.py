@@ -96,7 +96,9 @@ class VAE(nn.Module):
         self.observed = observed
         self.plate = plate
         self.size = size
-        self.register_buffer("_zeros", torch.zeros(latent_dim), persistent=False)
+        # The prior is of the decoder's type and device.
+        like = next(decoder.parameters(), torch.zeros(()))
+        self.register_buffer("_zeros", like.new_zeros(latent_dim).detach(), persistent=False)
 
     @property
     def autoregressive(self) -> bool:

@@ -167,7 +167,7 @@ class Program:
     """A compiled run of a loss for one kind of arguments: its value, gradients or a whole step.
 
     Attributes:
-        call: From all input tensors, in the order of :meth:`inputs`, to the loss and, where the
+        call: From all input tensors, in the order of :func:`assemble`, to the loss and, where the
             program does not update the parameters itself, the gradients.
         params: The parameters with a gradient.
         entries: The same, with their optimisers; none where nothing is updated.

@@ -183,6 +183,18 @@ class Run:
         module = loss(model, guide)
         return pyro_vae.compile(module) if self.compile else module
 
+    def loss_and_gradients(
+        self, loss: Any, model: Callable, guide: Callable, x: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """Return the loss at x and its gradients by name, after a first call elsewhere."""
+        module = self.module(loss, model, guide)
+        self.start_elsewhere(module, 0.5 * x)
+        module.zero_grad()
+        torch.manual_seed(1)
+        value = module(x)
+        value.backward()
+        return value.detach(), {name: param.grad for name, param in module.named_parameters()}
+
     @staticmethod
     def start_elsewhere(module: ELBOModule, *args: Any) -> None:
         """Call a module with other parameters and random numbers, and set its state back.

@@ -22,14 +22,13 @@ from pyro_vae.losses import DVAE_ELBO, GRAE_ELBO, BetaVAE_ELBO
 from pyro_vae.models import VAE, Bernoulli, DiscretizedLogistic
 from pyro_vae.models import Gaussian as GaussianObservation
 from pyro_vae.nn import MLP
-from pyro_vae.report import (
-    _plain,
+from pyro_vae.pictures import (
     plot_latents,
     plot_posteriors,
     plot_reconstructions,
     plot_samples,
-    report,
 )
+from pyro_vae.report import _plain, report
 
 sys.path.insert(0, str(Path(__file__).parent))
 from linear_gaussian import Exact, LinearGaussian
@@ -328,7 +327,7 @@ def test_latent_pictures_of_any_dimension(d: int) -> None:
 def test_the_grid_finds_the_posterior(d: int) -> None:
     """Mean and variance on the grid are those of the closed form, though it is narrow."""
     from pyro_vae.joint import Joint
-    from pyro_vae.report import _grid
+    from pyro_vae.pictures import _grid
 
     truth = LinearGaussian(d=d, x_dim=4, scale=0.05)
     x = truth.draw(1)

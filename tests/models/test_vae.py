@@ -493,3 +493,10 @@ def test_latents_of_another_shape():
         model.sample(4, z=torch.zeros(5, 3))
     with pytest.raises(ValueError, match="num must be at least 1, found 0"):
         model.sample(0)
+
+
+def test_prior_is_of_the_decoders_type() -> None:
+    """Only the decoder was brought to double precision: nothing else of the model has a type."""
+    model = VAE(nn.Linear(3, 5).double(), Gaussian(0.7), 3, (5,))
+    assert model.sample(2).dtype == torch.float64
+    assert model.float().sample(2).dtype == torch.float32
