@@ -182,9 +182,8 @@ class _Annealer:
             self.size = max([z.numel(), *(v.numel() for v in values if isinstance(v, Tensor))])
             inputs = (state, z, z.new_ones((len(x), 1)), scalar, x)
             uniform = state[1]
-            with one_thread_if_small(
-                self.size, x.device
-            ):  # of which compiled programs have as many
+            # Compiled programs have as many threads as there were when they were compiled.
+            with one_thread_if_small(self.size, x.device):
                 self._leapfrog = capture(leapfrog, *inputs, compile=compile)
                 self._finish = capture(finish, state, state, z, z, uniform, scalar, compile=compile)
 

@@ -273,7 +273,6 @@ class LightningELBO(LightningModule):
         self.size = size
         self.num_particles = num_particles
         self.prepare = prepare
-        self.compile_steps = compile
         self.seed = seed
         self.num_steps_done = 0
         self.sums = {"loss": 0.0, "adversary_loss": 0.0, "count": 0.0}  # of this epoch
