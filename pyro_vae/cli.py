@@ -134,6 +134,7 @@ def evaluate(
     ais_examples: int = 25,
     ais_temperatures: int = 250,
     ais_chains: int = 5,
+    posterior_examples: int = 3,
     chunk_size: int = 4096,
     device: str = "cpu",
     seed: int = 0,
@@ -149,6 +150,8 @@ def evaluate(
         ais_examples: Test examples of annealed importance sampling.
         ais_temperatures: Its temperatures; papers take 1000.
         ais_chains: Its chains for each example.
+        posterior_examples: Test examples whose true posterior is drawn, by HMC above two latents,
+            which takes minutes for a convolutional decoder; 0 for none.
         chunk_size: What bounds the memory: examples times particles at once.
         device: Where to run, such as cpu or cuda.
         seed: Seed of everything random.
@@ -172,6 +175,7 @@ def evaluate(
         ais_examples=ais_examples,
         ais_temperatures=ais_temperatures,
         ais_chains=ais_chains,
+        posterior_examples=posterior_examples,
         chunk_size=chunk_size,
         seed=seed,
     )
