@@ -345,7 +345,7 @@ def test_the_grid_finds_the_posterior(d: int) -> None:
 @pytest.mark.slow
 def test_posteriors_by_hmc_in_more_dimensions() -> None:
     from pyro_vae.joint import Joint
-    from pyro_vae.report import _hmc
+    from pyro_vae.pictures import _hmc
 
     truth = LinearGaussian(d=4, x_dim=6)
     x = truth.draw(2)
