@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .capture import capture
-from .joint import Estimate, Joint, chunks, evaluation_mode, log_mean_weight
+from .joint import Estimate, Joint, check_least, chunks, evaluation_mode, log_mean_weight
 from .mcmc.kernel import end as accept_or_reject
 from .threads import one_thread_if_small
 from .unconstrained import _no_validation
@@ -85,8 +85,7 @@ def sigmoid_schedule(num_temperatures: int, scale: float = 4.0) -> Tensor:
         >>> sigmoid_schedule(4)
         tensor([0.0000, 0.1050, 0.5000, 0.8950, 1.0000], dtype=torch.float64)
     """
-    if num_temperatures < 1:
-        raise ValueError(f"num_temperatures must be at least 1, found {num_temperatures}")
+    check_least(num_temperatures=(num_temperatures, 1))
     t = torch.linspace(-scale, scale, num_temperatures + 1, dtype=torch.float64).sigmoid()
     return (t - t[0]) / (t[-1] - t[0])
 
@@ -255,13 +254,12 @@ class _Settings:
         compile: bool | None,
         num_examples: int,
     ) -> None:
-        for name, value, least in [
-            ("num_chains", num_chains, 1),
-            ("num_leapfrog_steps", num_leapfrog_steps, 1),
-            ("chunk_size", chunk_size, num_chains + 1),  # an example's run side by side
-        ]:
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, found {value}")
+        check_least(
+            num_temperatures=(num_temperatures, 1),
+            num_chains=(num_chains, 1),
+            num_leapfrog_steps=(num_leapfrog_steps, 1),
+        )
+        check_least(chunk_size=(chunk_size, num_chains + 1))  # an example's run side by side
         if not 0 < target_accept < 1:
             raise ValueError(f"target_accept must be between 0 and 1, found {target_accept}")
         self.betas = sigmoid_schedule(num_temperatures)

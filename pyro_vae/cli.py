@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import torch
@@ -239,6 +240,13 @@ class _Parser(jsonargparse.ArgumentParser):
         if kwargs.get("type") is bool:
             kwargs = {"action": "store_true", "help": kwargs["help"]}
         return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong in a line, in the place of the usage, which has a line an option."""
+        command = getattr(ex, "subcommand_parser", None) or self
+        text = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
+        prog = command.prog.replace(" [options]", "")
+        raise ValueError(f"{text.rstrip('. ')} (`{prog} --help` lists the options)") from ex
 
 
 def main(args: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from .divergences import MMD
 from .joint import (
     Estimate,
     Joint,
+    check_least,
     chunks,
     evaluation_mode,
     has_exact_density,
@@ -112,7 +113,7 @@ def elbo(
         >>> abs(found.log_likelihood.value - found.kl.value - found.elbo.value) < 1e-4
         True
     """
-    _check_least(num_particles=(num_particles, 2))
+    check_least(num_particles=(num_particles, 2))
     joint = Joint(model, x)
     parts: list[Tensor] = []
     claimed = False
@@ -176,7 +177,7 @@ def iwae(
         >>> bool(iwae(model, guide, torch.ones(5, 16), 500).value < 0)
         True
     """
-    _check_least(num_particles=(num_particles, 1))
+    check_least(num_particles=(num_particles, 1))
     joint = Joint(model, x)
     sums = []
     with evaluation_mode(model, guide):
@@ -267,7 +268,7 @@ def iw_svi(
         >>> found.elbo is None, bool(found.best_elbo.value < 0)
         (True, True)
     """
-    _check_least(
+    check_least(
         num_particles=(num_particles, 2),
         num_steps=(num_steps, 1),
         train_particles=(train_particles, 1),
@@ -497,12 +498,6 @@ def _innermost(q: Any) -> Any:
     return q
 
 
-def _check_least(**values: tuple[int, int]) -> None:
-    for name, (value, least) in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, found {value}")
-
-
 # --- the aggregate posterior ---------------------------------------------------------------------
 
 
@@ -602,7 +597,7 @@ def marginal_kl(
         >>> found.mutual_information  # equal examples: z cannot tell them apart
         0 ± 0
     """
-    _check_least(num_samples=(num_samples, 2), chunk_size=(chunk_size, 1))
+    check_least(num_samples=(num_samples, 2), chunk_size=(chunk_size, 1))
     joint = Joint(model, x)
     num = len(x)
     rounds = math.ceil(num_samples / num)
@@ -665,7 +660,7 @@ def aggregate_mmd(
         >>> bool(abs(aggregate_mmd(model, guide, torch.rand(50, 16)).value) < 0.5)
         True
     """
-    _check_least(chunk_size=(chunk_size, 1))
+    check_least(chunk_size=(chunk_size, 1))
     if len(x) < 2:
         raise ValueError(f"x must hold at least 2 examples, found {len(x)}")
     mmd = MMD() if mmd is None else mmd
@@ -887,10 +882,16 @@ def class_distribution(
         >>> found.classifier_error.value, found.sampled.shape
         (0.0, torch.Size([2]))
     """
-    _check_least(num_samples=(num_samples, 2), num_steps=(num_steps, 1), batch_size=(batch_size, 1))
+    check_least(num_samples=(num_samples, 2), num_steps=(num_steps, 1), batch_size=(batch_size, 1))
     (x, y), (test_x, test_y) = _labelled("train", train), _labelled("test", test)
     joint = Joint(model, x)
     _check_classes(y, test_y)
+    for name, labels in (("train", y), ("test", test_y)):
+        if labels.is_floating_point() or bool((labels < 0).any()):
+            raise ValueError(
+                f"{name}: expected labels that are whole numbers from 0, found {labels.dtype} from "
+                f"{labels.min().item()}"
+            )
     num_classes = int(max(y.max(), test_y.max())) + 1
     classifier = _classifier(x, y, num_classes, hidden_dims, num_steps, batch_size)
     with torch.no_grad(), evaluation_mode(model):
@@ -989,7 +990,7 @@ def svm_error(
     """
     from sklearn.svm import SVC
 
-    _check_least(num_labels=(num_labels, 2))
+    check_least(num_labels=(num_labels, 2))
     (x, y), (test_x, test_y) = _labelled("train", train), _labelled("test", test)
     rows = torch.randperm(len(x), device=x.device)[:num_labels]
     _check_classes(y[rows], test_y)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
@@ -25,6 +26,7 @@ from .unconstrained import _no_validation
 __all__ = [
     "Estimate",
     "Joint",
+    "check_least",
     "chunks",
     "evaluation_mode",
     "has_exact_density",
@@ -348,13 +350,21 @@ def evaluation_mode(*modules: object) -> Iterator[None]:
             part.training = training
 
 
+def check_least(**values: tuple[object, int]) -> None:
+    """Raise a ValueError for the first argument that is no whole number, or less than its least."""
+    for name, (value, least) in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, found {value!r}")
+        if int(value) < least:
+            raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
 def chunks(num: int, size: int) -> Iterator[slice]:
     """Cut ``range(num)`` into slices of at most ``size``.
 
     Raises:
         ValueError: If ``size`` is not positive.
     """
-    if size < 1:
-        raise ValueError(f"chunk_size must be at least 1, found {size}")
+    check_least(chunk_size=(size, 1))
     for start in range(0, num, size):
         yield slice(start, min(start + size, num))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import evaluate
 from .checkpoint import replacing
-from .joint import Joint, chunks, evaluation_mode
+from .joint import Joint, check_least, chunks, evaluation_mode
 from .mcmc import HMC
 
 __all__ = [
@@ -377,8 +377,9 @@ def save_samples(model: Any, num: int, seed: int, out: Path) -> None:
         seed: Of the draws.
         out: Directory.
     """
-    if num < 1:
-        raise ValueError(f"num must be at least 1, found {num}")
+    check_least(num=(num, 1), seed=(seed, 0))
+    if seed >= 1 << 64:
+        raise ValueError(f"seed must be below 2^64, found {seed}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         z = model.prior().sample((num,))

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from . import evaluate
 from ._version import __version__
-from .joint import Estimate, Joint, chunks, evaluation_mode, has_exact_density, posterior
+from .joint import (
+    Estimate,
+    Joint,
+    check_least,
+    chunks,
+    evaluation_mode,
+    has_exact_density,
+    posterior,
+)
 from .losses import DVAE_ELBO, GRAE_ELBO
 from .pictures import (
     plot_latents,
@@ -194,9 +202,7 @@ def _check(settings: dict[str, Any]) -> None:
         "ais_examples": 0,
         "posterior_examples": 0,
     }
-    for name, smallest in least.items():
-        if settings[name] < smallest:
-            raise ValueError(f"{name} must be at least {smallest}, found {settings[name]}")
+    check_least(**{name: (settings[name], smallest) for name, smallest in least.items()})
 
 
 def _parameters(module: object) -> Iterator[tuple[str, Tensor]]:

@@ -152,7 +152,8 @@ class LossConfig:
     Args:
         name: One of pyro_vae.losses.
         options: Its arguments. One that is an object is its class's name, or a mapping with the
-            name and its arguments, such as {name: Stein, kernel: imq}.
+            name and its arguments, such as {name: Stein, kernel: imq}; GECO's constraint may be
+            several, by names of one's own.
     """
 
     name: str = "BetaVAE_ELBO"
@@ -446,6 +447,9 @@ def load_data(config: DataConfig) -> Data:
 def settle(config: Config, data: Data) -> Config:
     """Return a configuration with what it leaves to the data: the event's shape, the observation.
 
+    Raises:
+        ValueError: For an option that would do nothing, such as a flow's under a Gaussian guide.
+
     Example:
         >>> config = settle(Config(), load_data(DataConfig("digits")))
         >>> config.model.event_shape, config.model.observation
@@ -457,7 +461,40 @@ def settle(config: Config, data: Data) -> Config:
         event_shape=config.model.event_shape or list(data.event_shape),
         observation=config.model.observation or ("bernoulli" if binary else "gaussian"),
     )
-    return replace(config, model=model)
+    settled = replace(config, model=model)
+    _check_options(settled)
+    return settled
+
+
+#: Options that are not for every choice: which, of what it is an option, and for which values.
+OPTIONS_OF: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("model.hidden_dims", "model.architecture", ("mlp",)),
+    ("model.hidden_channels", "model.architecture", ("conv", "pixelcnn")),
+    ("model.scale", "model.observation", ("gaussian", "discretized_logistic")),
+    ("model.levels", "model.observation", ("discretized_logistic",)),
+    ("guide.covariance", "guide.kind", ("gaussian",)),
+    ("guide.transforms", "guide.kind", ("flow",)),
+    ("guide.noise", "guide.kind", ("implicit",)),
+    ("guide.contrast", "guide.kind", ("implicit",)),
+    ("guide.hidden_dims", "model.architecture", ("mlp",)),
+)
+
+
+def _check_options(config: Config) -> None:
+    """Raise a ValueError for an option that was set and would do nothing."""
+    default = Config()
+    for option, choice, values in OPTIONS_OF:
+        value, chosen = _option(config, option), _option(config, choice)
+        if value != _option(default, option) and chosen not in values:
+            raise ValueError(
+                f"{option} is an option of {choice} {' and '.join(map(repr, values))}: found "
+                f"{value!r} with {choice} {chosen!r}"
+            )
+
+
+def _option(config: Config, name: str) -> Any:
+    section, _, option = name.partition(".")
+    return getattr(getattr(config, section), option)
 
 
 def build(config: Config) -> tuple[VAE, nn.Module, TermsELBO]:
@@ -568,11 +605,18 @@ def build_loss(config: Config) -> TermsELBO:
     return _make({"name": name, **options}, "loss", config.model.latent_dim)
 
 
-def _make(value: Any, path: str, latent_dim: int) -> Any:
-    """Make what an option says: an object of the registry, or a plain value."""
+def _make(value: Any, path: str, latent_dim: int, kind: Any = Any) -> Any:
+    """Make what an option says: an object of the registry, several by name, or a plain value."""
     if isinstance(value, str) and value in REGISTRY:
         value = {"name": value}
     if isinstance(value, Mapping):
+        (of_several,) = [o for o in _alternatives(kind) if get_origin(o) is Mapping] or [None]
+        if of_several and "name" not in value:
+            _, element = get_args(of_several)
+            made = {key: _make(v, f"{path}.{key}", latent_dim) for key, v in value.items()}
+            for key, item in made.items():
+                _check_kind(item, element, f"{path}.{key}")
+            return made
         name = value.get("name")
         if not isinstance(name, str) or name not in REGISTRY:
             raise unknown_key(str(name), REGISTRY, f"{path}.name")
@@ -584,7 +628,7 @@ def _make(value: Any, path: str, latent_dim: int) -> Any:
                 continue
             if key not in known:
                 raise unknown_key(f"{path}.{key}", [f"{path}.{k}" for k in known], f"{name} option")
-            arguments[key] = _make(option, f"{path}.{key}", latent_dim)
+            arguments[key] = _make(option, f"{path}.{key}", latent_dim, known[key].kind)
             _check_kind(arguments[key], known[key].kind, f"{path}.{key}")
         if cls is ResidualDiscriminator:
             arguments.setdefault("latent_dim", latent_dim)

@@ -40,6 +40,7 @@ from .runs import (
     LOG,
     Config,
     Run,
+    TrainingConfig,
     build,
     check_data,
     check_resumed,
@@ -297,6 +298,11 @@ class LightningELBO(LightningModule):
             ),
         )
 
+    @property
+    def has_adversary(self) -> bool:
+        """Whether there is a second player."""
+        return len(self._players) > 1
+
     # --- Lightning's hooks -----------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -320,7 +326,7 @@ class LightningELBO(LightningModule):
             factor = self.schedule(min(self.num_steps_done / self.num_steps, 1.0))
         claim = 0.0
         with pyro.validation_enabled(False):
-            if len(self._players) > 1:
+            if self.has_adversary:
                 for _ in range(self.num_adversary_steps):
                     claim = self._step(self._players[1], optimizers[1], x, factor, None)
             value = self._step(self._players[0], optimizers[0], x, factor, self.clip_norm)
@@ -742,9 +748,9 @@ def _module(config: Config, model: Any, guide: Any, loss: Any, data: Data) -> Li
     compile = settings.compile
     if compile is None:
         compile = num_steps >= COMPILE_FROM and num_joint == 1
-    final = 0.1 if settings.final_lr is None else settings.final_lr / settings.lr
     adam = partial(torch.optim.Adam, fused=True)
-    return LightningELBO(
+    final = 0.1 if settings.final_lr is None else settings.final_lr / settings.lr
+    module = LightningELBO(
         model,
         guide,
         loss,
@@ -760,6 +766,14 @@ def _module(config: Config, model: Any, guide: Any, loss: Any, data: Data) -> Li
         compile=compile,
         seed=settings.seed,
     )
+    for name in ("adversary_lr", "num_adversary_steps"):
+        value = getattr(settings, name)
+        if not module.has_adversary and value != getattr(TrainingConfig(), name):
+            raise ValueError(
+                f"training.{name} is an option of an adversary, which neither the guide nor the "
+                f"loss has: found {value}"
+            )
+    return module
 
 
 def _size_of_step(module: nn.Module, batch_size: int) -> int:

@@ -174,6 +174,7 @@ def test_one_chain_has_no_error() -> None:
     ("kwargs", "message"),
     [
         ({"num_temperatures": 0}, "num_temperatures must be at least 1, found 0"),
+        ({"num_temperatures": 2.5}, "num_temperatures must be a whole number, found 2.5"),
         ({"num_chains": 0}, "num_chains must be at least 1, found 0"),
         ({"num_leapfrog_steps": 0}, "num_leapfrog_steps must be at least 1, found 0"),
         ({"chunk_size": 5}, "chunk_size must be at least 6, found 5"),

@@ -307,6 +307,12 @@ def test_modes_and_gradients_are_left_as_they_were() -> None:
             lambda m, g, x: class_distribution(m, (x, torch.ones(5).long()), (x, torch.arange(5))),
             "labels of at least two classes, found one",
         ),
+        (
+            lambda m, g, x: class_distribution(
+                m, (x, torch.arange(5) - 1), (x, torch.arange(5) - 1)
+            ),
+            "train: expected labels that are whole numbers from 0, found torch.int64 from -1",
+        ),
     ],
 )
 def test_bad_input(call, message: str) -> None:  # type: ignore[no-untyped-def]

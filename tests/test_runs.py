@@ -77,6 +77,20 @@ def test_losses_with_options_that_are_objects(name):
     assert value.isfinite()
 
 
+def test_several_constraints_by_name():
+    options = {
+        "constraint": {
+            "error": {"name": "ReconstructionError", "tolerance": 0.1},
+            "patches": {"name": "PatchCrossCorrelation", "tolerance": 0.5, "patch_size": 3},
+        }
+    }
+    loss = build(Config(model=SMALL, loss=LossConfig("GECO_ELBO", options)))[2]
+    kinds = {name: type(constraint).__name__ for name, constraint in loss.constraints.items()}
+    assert kinds == {"error": "ReconstructionError", "patches": "PatchCrossCorrelation"}
+    assert loss.multipliers.shape == (2,)
+    assert loss.constraints["patches"].tolerance == 0.5
+
+
 def test_a_discriminator_is_made_for_the_latents():
     config = Config(model=SMALL, loss=LossConfig("InfoVAE_ELBO", {"divergence": "Adversarial"}))
     divergence = build(config)[2].divergence
@@ -134,7 +148,8 @@ def test_noise_at_the_input_of_a_convolution_is_refused(architecture):
     ],
 )
 def test_observations(observation, scale, data, expected):
-    model = ModelConfig(hidden_dims=[8], observation=observation, scale=scale, levels=17)
+    levels = 17 if observation == "discretized_logistic" else 256
+    model = ModelConfig(hidden_dims=[8], observation=observation, scale=scale, levels=levels)
     found = runs.load_data(data)
     config = runs.settle(Config(model=model, data=data), found)
     made, _, _ = build(config)
