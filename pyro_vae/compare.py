@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import arviz as az
 import numpy as np
@@ -55,6 +55,8 @@ REFERENCE = "hmc"
 FAILED_REFERENCE = f"{REFERENCE} (failed its checks)"
 COLUMNS = (
     "guide",
+    "kl",
+    "kl_se",
     "knn_kl",
     "knn_kl_se",
     "elbo",
@@ -69,9 +71,24 @@ MIN_DRAWS = 4  # that have a third neighbour
 TRIAL_DRAWS = 3  # on which running many at once is held against running them one by one
 LOOPED_PARTICLES = 8  # where the model or the guide has to be run once a draw
 LOOPED_CURVE_DRAWS = 500
+LARGE_KL = 0.5  # nats from which an estimate by neighbours is held against one by densities
 EQUAL_WEIGHTS = 1e-3  # nats by which log importance weights may differ and count as equal
 CURVE_POINTS = 12
 CURVE_DRAWS = 2500  # a side shows where a curve goes; the table takes num_draws
+
+
+class Evidence(NamedTuple):
+    """log p(x) in nats, by importance sampling from a guide.
+
+    Attributes:
+        value: The logarithm of the importance weights' mean.
+        standard_error: Its Monte Carlo standard error, by the delta method.
+        guide: The label of the guide that was drawn from.
+    """
+
+    value: float
+    standard_error: float
+    guide: str
 
 
 class Comparison:
@@ -89,6 +106,8 @@ class Comparison:
         verdict: What :func:`~pyro_vae.mcmc.checks.check_mcmc` found in the reference. If it is
             false, the reference's row is named ``hmc (failed its checks)``: no row then says how
             far a guide is from the posterior.
+        evidence: log p(x), an :class:`Evidence`, or ``None`` if no guide's importance weights can
+            be trusted.
     """
 
     def __init__(
@@ -101,6 +120,7 @@ class Comparison:
         reference: Any,
         reference_chains: Mapping[str, NDArray],
         verdict: Verdict,
+        evidence: Evidence | None,
     ) -> None:
         self.table = table
         self.draws = draws
@@ -110,10 +130,19 @@ class Comparison:
         self.reference = reference
         self.reference_chains = reference_chains
         self.verdict = verdict
+        self.evidence = evidence
 
     def __repr__(self) -> str:
         table = self.table.drop(columns="error", errors="ignore")
         lines = [table.to_string(index=False, na_rep="", float_format="{:.4g}".format)]
+        if self.evidence:
+            value, se, label = self.evidence
+            lines.append(f"log p(x) = {value:.4g} ± {se:.2g}, by importance sampling from {label}")
+        lines += [
+            f"{row.guide}: knn_kl is {row.knn_kl:.2g}, kl is {row.kl:.2g} nats: believe the latter"
+            for row in self.table.itertuples()
+            if row.kl > LARGE_KL and row.knn_kl < row.kl / 2
+        ]
         lines += [f"{label} failed: {error}" for label, error in self.errors.items()]
         if not self.verdict.passed:
             lines.append(f"{REFERENCE} {self.verdict}")
@@ -213,9 +242,16 @@ def compare(
     each chain against the others, and of HMC and MCMC what they recorded.
 
     ==================  ===========================================================================
+    ``kl``              KL(guide ‖ posterior) = log p(x) − ELBO in nats, where the guide has a true
+                        density, with log p(x) by importance sampling from the guide that gives
+                        most, two standard errors less, of those with k̂ below 0.7 (0.57 for 200
+                        draws). If all of these miss the same part of the posterior, it is too small
+                        by −log of the share that they reach
+    ``kl_se``           its Monte Carlo standard error
     ``knn_kl``          KL(guide ‖ reference) in nats, by :func:`~pyro_vae.divergences.knn_kl` on
                         ``num_draws`` draws a side, in unconstrained space, each coordinate divided
-                        by the reference's standard deviation
+                        by the reference's standard deviation. It needs no density, but is too
+                        small above some ten dimensions, above all for guides that are too wide
     ``knn_kl_se``       its Monte Carlo standard error
     ``elbo``            evidence lower bound in nats, from ``num_draws`` draws; where the guide's
                         density is learned, what the discriminator claims: no bound, and it was
@@ -308,12 +344,15 @@ def compare(
             reference, density, num_draws, num_chains, num_samples, allow_failed_checks, progress
         )
         rows, errors, draws, curves = [truth.row()], {}, {}, {}
+        log_weights: dict[str, Tensor] = {}
         for label, guide in built.items():
             with _seeded(seed), _private_params(guide):
                 study = _Study(label, guide, density, truth, progress)
                 try:
                     study.fit(num_steps, options.get(label, {}))
-                    row, draws[label] = study.judge(num_draws)
+                    row, draws[label], weights = study.judge(num_draws)
+                    if not math.isnan(row["khat"]):
+                        log_weights[label] = weights
                 except Exception as error:  # one guide's failure must not cost the other rows
                     errors[label] = _describe(error)
                     row = {"guide": label}
@@ -323,14 +362,16 @@ def compare(
             if progress:
                 result = errors.get(label) or f"KL to the reference {row['knn_kl']:.3f}"
                 _say(f"{label}: {result}")
+    evidence = _add_kl(rows, log_weights)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table["kl"], table["kl_se"] = table["kl"].astype(float), table["kl_se"].astype(float)
     table["steps"] = table["steps"].astype("Int64")
     if errors:
         table["error"] = table["guide"].map(errors)
     draws[REFERENCE] = truth.draws
     baseline = truth.own_kl(CURVE_DRAWS).value
     return Comparison(
-        table, draws, curves, baseline, errors, truth.source, truth.chains, truth.verdict
+        table, draws, curves, baseline, errors, truth.source, truth.chains, truth.verdict, evidence
     )
 
 
@@ -451,7 +492,8 @@ class _Study:
         if z.isfinite().all():
             self.curve.append((step, self.truth.kl(z).value))
 
-    def judge(self, num_draws: int) -> tuple[dict[str, Any], dict[str, NDArray]]:
+    def judge(self, num_draws: int) -> tuple[dict[str, Any], dict[str, NDArray], Tensor]:
+        """Return the row, draws by site, and log p(x, z) − log q(z) of each [num_draws]."""
         z, log_weights = _draw(self.density, self.guide, num_draws, self.vectorized)
         kl, draws = self.truth.kl(z), _to_sites(self.density, z)
         khat = math.nan
@@ -467,7 +509,38 @@ class _Study:
             "steps": self.steps,
             "seconds": self.seconds,
         }
-        return row, draws
+        return row, draws, log_weights
+
+
+def _add_kl(rows: Sequence[dict[str, Any]], log_weights: Mapping[str, Tensor]) -> Evidence | None:
+    """Complete the rows of guides with a density by log p(x) − ELBO; return log p(x).
+
+    The bound on k̂ is that of Pareto smoothed importance sampling (Vehtari et al., 2024), section
+    3.2.3: what so many draws can tell the mean of.
+    """
+    by_label = {row["guide"]: row for row in rows}
+    found = [
+        Evidence(*_log_mean(weights), label)
+        for label, weights in log_weights.items()
+        if by_label[label]["khat"] < min(0.7, 1 - 1 / math.log10(len(weights)))
+    ]
+    if not found:
+        return None
+    # Weights that miss a part of the posterior are smaller, never larger but by noise.
+    evidence = max(found, key=lambda e: e.value - 2 * e.standard_error)
+    for label, weights in log_weights.items():
+        row, x = by_label[label], weights.double()
+        row["kl"] = evidence.value - x.mean().item()
+        row["kl_se"] = math.hypot(evidence.standard_error, x.std().item() / len(x) ** 0.5)
+    return evidence
+
+
+def _log_mean(log_weights: Tensor) -> tuple[float, float]:
+    """Return the logarithm of the weights' mean, and its standard error by the delta method."""
+    x = log_weights.double()
+    weights = (x - x.max()).exp()
+    relative = (weights.std() / weights.mean()).item() / len(x) ** 0.5
+    return (x.max() + weights.mean().log()).item(), relative
 
 
 def _build_guides(

@@ -6,6 +6,7 @@ Exact draws from known posteriors serve as the reference wherever HMC is not wha
 import importlib
 import math
 import random
+import re
 import warnings
 
 import arviz as az
@@ -30,6 +31,8 @@ from pyro_vae.models import gauss
 
 COLUMNS = [
     "guide",
+    "kl",
+    "kl_se",
     "knn_kl",
     "knn_kl_se",
     "elbo",
@@ -108,7 +111,7 @@ def test_the_table_has_its_columns_and_the_reference_first(known):
     assert list(known.table["guide"]) == ["hmc", "exact", "shifted", "wide", "narrow"]
     assert not known.errors
     first = rows(known).loc["hmc"]
-    assert first[["elbo", "khat"]].isna().all()
+    assert first[["kl", "kl_se", "elbo", "khat"]].isna().all()
     assert list(rows(known)["steps"].iloc[1:]) == [0, 0, 0, 0]
 
 
@@ -122,6 +125,50 @@ def test_kl_to_the_reference(known, guide, expected):
     row = rows(known).loc[guide]
     assert 0 < row["knn_kl_se"] < 0.05
     assert abs(row["knn_kl"] - expected) < 4 * row["knn_kl_se"]
+
+
+def test_kl_by_densities(known):
+    table = rows(known)
+    evidence = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(X)
+    assert known.evidence.guide == "exact"
+    assert known.evidence.value == pytest.approx(evidence.item(), abs=1e-4)
+    assert known.evidence.standard_error < 1e-5
+    assert math.isnan(table.loc["hmc", "kl"])
+    assert table.loc["exact", "kl"] == pytest.approx(0, abs=1e-4)
+    for guide, kl in (
+        ("shifted", 0.5),
+        ("wide", 1.5 - math.log(2)),
+        ("narrow", -0.48 - math.log(0.2)),
+    ):
+        assert 0 < table.loc[guide, "kl_se"] < 0.04
+        assert abs(table.loc[guide, "kl"] - kl) < 4 * table.loc[guide, "kl_se"]
+
+
+def test_no_kl_without_weights_that_can_be_trusted():
+    comparison = run({"narrow": normal_guide(MEAN, 0.2 * SD)})
+    assert rows(comparison).loc["narrow", "khat"] > 0.7
+    assert comparison.evidence is None
+    assert math.isnan(rows(comparison).loc["narrow", "kl"])
+
+
+def test_neighbours_that_cannot_tell_a_wide_guide_are_told_on():
+    d = 20
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(d), 1.0).to_event(1))
+
+    def wide():
+        pyro.sample("z", dist.Normal(torch.zeros(d), 1.5).to_event(1))
+
+    reference = {"z": torch.randn(2 * N, d, generator=torch.Generator().manual_seed(2))}
+    comparison = run({"exact": model, "wide": wide}, model, reference=reference)
+    row = rows(comparison).loc["wide"]
+    expected = d * ((1.5**2 - 1) / 2 - math.log(1.5))
+    assert abs(row["kl"] - expected) < 4 * row["kl_se"]
+    assert row["knn_kl"] < expected / 2
+    evidence, told = repr(comparison).splitlines()[-2:]
+    assert evidence.startswith("log p(x) = ")
+    assert re.fullmatch(r"wide: knn_kl is \S+, kl is 4\.\S+ nats: believe the latter", told)
 
 
 @pytest.mark.parametrize(("guide", "expected"), [("hmc", 0.0), ("exact", 0.0), ("shifted", 1.0)])
@@ -634,8 +681,9 @@ def test_a_guide_s_numbers_do_not_depend_on_the_others(label):
     company = ["implicit", "flow", "mean_field"]
     together = run(company, num_steps=5, num_draws=200)
     alone = run([label], num_steps=5, num_draws=200)
+    shared = ["seconds", "kl", "kl_se"]  # the evidence is that of the best guide
     pd.testing.assert_series_equal(
-        rows(together).loc[label].drop("seconds"), rows(alone).loc[label].drop("seconds")
+        rows(together).loc[label].drop(shared), rows(alone).loc[label].drop(shared)
     )
     np.testing.assert_array_equal(alone.draws[label]["m"], together.draws[label]["m"])
 
@@ -748,7 +796,7 @@ def test_a_failed_reference_is_marked_wherever_it_is_named(tmp_path):
     assert list(comparison.table["guide"]) == [FAILED, "exact"]
     lines = repr(comparison).splitlines()
     assert lines[1].strip().startswith(FAILED)
-    assert lines[3].startswith("hmc FAILED (R̂, ESS, chains): 4 chains of 1000 draws")
+    assert lines[4].startswith("hmc FAILED (R̂, ESS, chains): 4 chains of 1000 draws")
     assert [axis.get_title() for axis in comparison.plot().axes] == ["exact", FAILED]
     assert list(comparison.draws) == list(comparison.to_arviz()) == ["exact", "hmc"]
     comparison.save(tmp_path)
@@ -1006,7 +1054,7 @@ def test_failures_cost_their_own_row_alone(tmp_path):
     assert "loss is not finite" in table.loc["lost", "error"]
     assert "'root'" in table.loc["lost", "error"]
     assert "nothing to fit" in table.loc["nothing_to_learn", "error"]
-    assert table.loc["mean_field", COLUMNS[1:]].notna().all()
+    assert table.loc["mean_field", COLUMNS[3:]].notna().all()
     assert pd.isna(table.loc["mean_field", "error"])
     assert list(comparison.draws) == ["mean_field", "hmc"]
     comparison.save(tmp_path)
@@ -1151,6 +1199,7 @@ def test_repr_is_the_table(saved):
         "hmc",
         "exact",
         "mean_field",
+        "log",
     ]
     assert "nan" not in text.lower().replace("<na>", "")
 
@@ -1184,5 +1233,6 @@ def test_every_guide_by_name_on_its_model():
     by_name = run(list(kinds), gauss, reference=reference, num_steps=3, num_draws=200)
     for label, kind in kinds.items():
         by_hand = run({label: kind(gauss)}, gauss, reference=reference, num_steps=3, num_draws=200)
-        expected = rows(by_hand).loc[label].drop("seconds")
-        pd.testing.assert_series_equal(rows(by_name).loc[label].drop("seconds"), expected)
+        shared = ["seconds", "kl", "kl_se"]
+        expected = rows(by_hand).loc[label].drop(shared)
+        pd.testing.assert_series_equal(rows(by_name).loc[label].drop(shared), expected)
