@@ -179,6 +179,7 @@ def evaluate(
         posterior_examples=posterior_examples,
         chunk_size=chunk_size,
         seed=seed,
+        progress=sys.stderr.isatty(),
     )
     print((run / "report.md").read_text(encoding="utf-8"))
     print(f"written to {run}", file=sys.stderr)

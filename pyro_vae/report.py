@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from pyro.distributions import MultivariateNormal
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import evaluate
 from ._version import __version__
@@ -72,6 +73,7 @@ def report(
     chunk_size: int = 4096,
     compile: bool | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, Any]:
     r"""Judge a model and its guide, and write ``metrics.json``, ``report.md`` and pictures.
 
@@ -110,6 +112,7 @@ def report(
             for what is said of q(z), its square at most.
         compile: Whether AIS compiles its leapfrog step; by default where it takes many.
         seed: Of all random numbers; torch's generators are left as they were.
+        progress: Whether to show a progress bar.
 
     Returns:
         What is in ``metrics.json``: ``metrics`` by name, each with ``value``, ``std_error``,
@@ -140,7 +143,7 @@ def report(
         >>> found["metrics"]["elbo"]["value"] < 0
         True
     """
-    not_settings = ("model", "guide", "data", "out", "loss")
+    not_settings = ("model", "guide", "data", "out", "loss", "progress")
     settings = {k: v for k, v in locals().items() if k not in not_settings}
     _check(settings)
     for who, module in (("model", model), ("guide", guide)):
@@ -159,7 +162,7 @@ def report(
     with torch.random.fork_rng(devices=devices), evaluation_mode(model, guide):
         torch.manual_seed(seed)
         judge = _Judge(model, guide, data, out, settings, loss)
-        judge.run()
+        judge.run(progress)
     found: dict[str, Any] = {
         "metrics": {name: _as_dict(*entry) for name, entry in judge.metrics.items()},
         "side_by_side": judge.side_by_side,
@@ -309,18 +312,21 @@ class _Judge:
                 "cross-entropies"
             )
 
-    def run(self) -> None:
-        for part in (
+    def run(self, progress: bool) -> None:
+        parts = (
             self._likelihood,
             self._svi,
             self._annealed,
             self._aggregate_posterior,
             self._labels,
             self._draw,
-        ):
+        )
+        bar = tqdm(parts, disable=not progress)
+        for part in bar:
+            name = part.__name__.strip("_")
+            bar.set_description(name.replace("_", " "))
             start = time.perf_counter()
             part()
-            name = part.__name__.strip("_")
             self.seconds[name] = round(time.perf_counter() - start, 2)
 
     def _add(self, section: str, name: str, label: str, found: Estimate, about: str = "") -> None:
