@@ -12,10 +12,18 @@ TUTORIALS = sorted((Path(__file__).parent.parent / "tutorials").glob("*.ipynb"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it lies, beside its scripts and results, of which it leaves each as it was."""
     monkeypatch.setenv("PYRO_VAE_FAST", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    before = _files(path.parent)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=240, kernel_name="python3").execute(cwd=str(tmp_path))
+    NotebookClient(notebook, timeout=240, kernel_name="python3").execute(cwd=str(path.parent))
+    assert _files(path.parent) == before
+
+
+def _files(directory: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
