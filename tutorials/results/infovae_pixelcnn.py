@@ -38,7 +38,7 @@ LOSSES: dict[str, Callable[[int], TermsELBO]] = {
     "Adversarial": lambda d: InfoVAE_ELBO(
         alpha=1.0, lambda_=10.0, divergence=Adversarial(ResidualDiscriminator(d))
     ),
-    "Unregularised": lambda d: BetaVAE_ELBO(0.0),
+    "Unregularised": lambda d: InfoVAE_ELBO(alpha=1.0, lambda_=1e-9),
 }
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--latent-dim", type=int, default=5)
-    parser.add_argument("--num-steps", type=int, default=500)
+    parser.add_argument("--num-steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=HERE / "infovae_pixelcnn.csv")
     parser.add_argument("--fast", action="store_true", help="a few steps, to show that it runs")
     args = parser.parse_args()
