@@ -66,6 +66,8 @@ class BetaVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
 
     def formula(self, terms: Terms) -> Tensor:
         """Return the negative log likelihood plus β times the KL."""
+        if not isinstance(self.beta, KLSchedule) and self.beta == 0:
+            return terms.total(-terms.log_likelihood)  # whatever the KL: 0 · ∞ is NaN
         beta = self.beta.weight if isinstance(self.beta, KLSchedule) else self.beta
         kl = terms.kl
         if self.free_bits:

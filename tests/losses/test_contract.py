@@ -555,6 +555,20 @@ def test_losses_at_the_mean_say_why_an_implicit_guide_will_not_do(name: str) -> 
         make(name)(pair.model, implicit())(pair.x)
 
 
+def test_beta_of_zero_leaves_the_kl_out() -> None:
+    """Without it a guide's scale falls to nothing, its KL is infinite, and 0 · ∞ is NaN."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.5, torch.tensor(0.0), validate_args=False))
+
+    expected = -dist.Normal(0.5, 1.0).log_prob(torch.tensor(1.0))
+    assert torch.allclose(BetaVAE_ELBO(0.0).differentiable_loss(model, guide), expected)
+
+
 def test_density_of_an_implicit_guide_is_not_asked_for_at_alpha_one() -> None:
     """The MMD-VAE needs samples of q(z|x) alone."""
     pair, guide = make_pair(), implicit()
