@@ -32,16 +32,20 @@ class ReconstructionError(nn.Module):
     that κ is a root mean square error in units of x, or *summed* (``per="image"``), so that κ is
     the length of x − x̂. The paper's κ of 0.06 to 0.175 are the former, of pixels in [0, 1].
 
+    ``relative`` divides by κ²: the same constraint in units of what it tolerates, for which one
+    ``rate`` suits every κ. See :class:`~pyro_vae.losses.GECO_ELBO`.
+
     Args:
         tolerance: κ, in units of x.
         per: ``"element"`` or ``"image"``.
+        relative: Whether the violation is :math:`\| x - \hat x \|^2 / \kappa^2 - 1`.
 
     Shapes:
-        x [M, \*event], x̂ [M, \*event] → [M], in squared units of x.
+        x [M, \*event], x̂ [M, \*event] → [M], in squared units of x, or, if relative, without units.
 
     Raises:
-        ValueError: If κ is negative or not finite, ``per`` is unknown, or, when called, x and x̂
-            differ in shape.
+        ValueError: If κ is negative or not finite, or 0 and the violation relative to it; ``per``
+            is unknown; or, when called, x and x̂ differ in shape.
 
     References:
         | Taming VAEs (Rezende, Viola, 2018), table 1, RE
@@ -52,21 +56,24 @@ class ReconstructionError(nn.Module):
         >>> x = torch.zeros(2, 4)
         >>> constraint(x, x + torch.tensor([[0.0], [0.2]]))  # 0 − 0.1², 0.2² − 0.1²
         tensor([-0.0100,  0.0300])
+        >>> ReconstructionError(0.1, relative=True)(x, x + torch.tensor([[0.0], [0.2]]))
+        tensor([-1.0000,  3.0000])
     """
 
-    def __init__(self, tolerance: float, per: str = "element") -> None:
+    def __init__(self, tolerance: float, per: str = "element", relative: bool = False) -> None:
         super().__init__()
-        self.tolerance = _tolerance(tolerance)
+        self.tolerance = _tolerance(tolerance, relative=relative)
         self.per = _choice(per, ("element", "image"))
+        self.relative = relative
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Return the violation [M]."""
         x, x_hat = _pair(x, x_hat)
-        return _squared_error(x, x_hat, self.per) - self.tolerance**2
+        return _excess(_squared_error(x, x_hat, self.per), self.tolerance, self.relative)
 
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
-        return f"tolerance={self.tolerance}, per={self.per!r}"
+        return f"tolerance={self.tolerance}, per={self.per!r}, relative={self.relative}"
 
 
 class FeatureReconstructionError(nn.Module):
@@ -83,9 +90,11 @@ class FeatureReconstructionError(nn.Module):
         tolerance: κ, in units of the features.
         per: Whether the squared error is averaged over features (``"element"``) or summed
             (``"image"``).
+        relative: Whether the violation is divided by κ².
 
     Shapes:
-        x [M, \*event], x̂ [M, \*event] → [M], in squared units of the features.
+        x [M, \*event], x̂ [M, \*event] → [M], in squared units of the features, or, if relative,
+        without units.
 
     Raises:
         ValueError: As :class:`ReconstructionError`, and if f does not return one entry a data
@@ -102,12 +111,17 @@ class FeatureReconstructionError(nn.Module):
     """
 
     def __init__(
-        self, features: Callable[[Tensor], Tensor], tolerance: float, per: str = "element"
+        self,
+        features: Callable[[Tensor], Tensor],
+        tolerance: float,
+        per: str = "element",
+        relative: bool = False,
     ) -> None:
         super().__init__()
         self.features = _Fixed(features)
-        self.tolerance = _tolerance(tolerance)
+        self.tolerance = _tolerance(tolerance, relative=relative)
         self.per = _choice(per, ("element", "image"))
+        self.relative = relative
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Return the violation [M]; the gradient reaches x̂ and no weight of f's."""
@@ -118,11 +132,11 @@ class FeatureReconstructionError(nn.Module):
                 "features must return one entry for each data point: found "
                 f"{list(f.shape)} and {list(f_hat.shape)}, expected [{len(x)}, ...]"
             )
-        return _squared_error(f, f_hat, self.per) - self.tolerance**2
+        return _excess(_squared_error(f, f_hat, self.per), self.tolerance, self.relative)
 
     def extra_repr(self) -> str:
         """Return what the module's repr shows."""
-        return f"tolerance={self.tolerance}, per={self.per!r}"
+        return f"tolerance={self.tolerance}, per={self.per!r}, relative={self.relative}"
 
 
 class ClassificationAccuracy(nn.Module):
@@ -356,9 +370,15 @@ def _squared_error(a: Tensor, b: Tensor, per: str) -> Tensor:
     return squared.mean(1) if per == "element" else squared.sum(1)
 
 
-def _tolerance(tolerance: float) -> float:
+def _excess(squared: Tensor, tolerance: float, relative: bool) -> Tensor:
+    return squared / tolerance**2 - 1 if relative else squared - tolerance**2
+
+
+def _tolerance(tolerance: float, *, relative: bool = False) -> float:
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must not be negative, and finite, found {tolerance}")
+    if relative and tolerance == 0:
+        raise ValueError("tolerance must be positive for a violation relative to it, found 0")
     return float(tolerance)
 
 

@@ -46,6 +46,17 @@ def test_tolerance_is_the_root_mean_square_error_that_is_just_allowed():
     torch.testing.assert_close(constraint(x, x), torch.full((50,), -0.01).double())
 
 
+@pytest.mark.parametrize("per", ["element", "image"])
+def test_relative_is_the_same_constraint_in_units_of_what_it_tolerates(per):
+    plain, relative = (ReconstructionError(0.3, per, relative=r) for r in (False, True))
+    torch.testing.assert_close(0.3**2 * relative(X, X_HAT), plain(X, X_HAT))
+    features = [
+        FeatureReconstructionError(lambda x: x.mean(-1), 0.3, per, relative=r)
+        for r in (False, True)
+    ]
+    torch.testing.assert_close(0.3**2 * features[1](X, X_HAT), features[0](X, X_HAT))
+
+
 def test_data_points_without_an_event_dimension():
     found = ReconstructionError(1.0)(values(0.0, 1.0), values(0.0, 3.0))
     torch.testing.assert_close(found, values(-1.0, 3.0))
@@ -279,6 +290,7 @@ def test_pixels_beyond_the_last_whole_patch_are_not_seen():
 CONSTRAINTS = {
     "element": lambda: ReconstructionError(0.1),
     "image": lambda: ReconstructionError(0.1, per="image"),
+    "relative": lambda: ReconstructionError(0.1, relative=True),
     "features": lambda: FeatureReconstructionError(network(), 0.1),
     "accuracy": lambda: ClassificationAccuracy(network(), 0.9),
     "patches": lambda: PatchCrossCorrelation(2, 0.9),
@@ -352,6 +364,7 @@ def test_shapes_that_differ_are_named(constraint, pair):
         (lambda: ReconstructionError(-0.1), "tolerance must not be negative, .* found -0.1"),
         (lambda: ReconstructionError(math.nan), "tolerance must .* found nan"),
         (lambda: ReconstructionError(0.1, per="pixel"), r"per must be one of .* found 'pixel'"),
+        (lambda: ReconstructionError(0.0, relative=True), "tolerance must be positive .* found 0"),
         (lambda: FeatureReconstructionError(len, -1.0), "tolerance must not be negative"),
         (lambda: FeatureReconstructionError(len, 1.0, per="row"), "per must be one of"),
         (lambda: FeatureReconstructionError(3, 1.0), "expected a module or callable, found int"),

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pyro_vae import NonFiniteError, fit
+from pyro_vae.constraints import ReconstructionError
 from pyro_vae.divergences import MMD, Stein
 from pyro_vae.fit import constant, cosine
 from pyro_vae.guides import Gaussian, Implicit
@@ -216,6 +217,45 @@ def test_geco_reaches_its_constraint_and_holds_it(start: float) -> None:
     for window in reached[-1500:].split(500):
         assert window.mean().item() == pytest.approx(0.2, rel=0.05)
         assert ((window - 0.2).abs() < 0.05 * 0.2).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_geco_settles_within_one_over_rate_whatever_the_tolerance_if_it_is_relative(
+    relative: bool,
+) -> None:
+    """With the guide that is the best at each λ: variance D / (D + 2λ), error per element of D.
+
+    Then log λ follows log λ* with a time constant of 1/ν, relative, and of 1/(νκ²) otherwise.
+    """
+    dim, rate, num_steps = 8, 0.05, 200
+    x = torch.zeros(2000, dim)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    distances = {}
+    for kappa in (0.1, 0.3, 0.9):
+        torch.manual_seed(0)
+        constraint = ReconstructionError(kappa, relative=relative)
+        elbo = GECO_ELBO(constraint, decay=0.9, rate=rate)
+        multiplier, units = elbo.multipliers, kappa**2 if relative else 1.0
+        elbo.multipliers = multiplier / kappa**2 * units  # λκ² = 1, where 4 (1 − κ²) is the best
+        for _ in range(num_steps):
+            lambda_ = elbo.multipliers.item() / units
+            scale = (dim / (dim + 2 * lambda_)) ** 0.5
+
+            def guide(x: Tensor, scale: float = scale) -> None:
+                with pyro.plate("data", len(x)):
+                    pyro.sample("z", dist.Normal(x, scale).to_event(1))
+
+            elbo.differentiable_loss(model, guide, x)
+        best = dim / 2 * (1 / kappa**2 - 1)
+        distances[kappa] = abs(math.log(elbo.multipliers.item() / units / best))
+    assert distances[0.9] < 0.1
+    assert (distances[0.1] < 0.1) == relative
+    assert relative or distances[0.1] > 0.5
 
 
 # --- denoising: Lemma 1 --------------------------------------------------------------------------
