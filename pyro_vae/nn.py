@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,16 @@ __all__ = [
 ]
 
 
-class MLP(nn.Sequential):
+class _Layers(nn.Sequential):
+    """A stack of layers of which a slice is a plain one: ``MLP(3, 2)[:-1]``."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+
+class MLP(_Layers):
     """Stack linear layers with an activation between them.
 
     Args:
@@ -57,7 +67,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], out_dim))
 
 
-class MLPEncoder(nn.Sequential):
+class MLPEncoder(_Layers):
     r"""Flatten each x, then apply an :class:`MLP`.
 
     Args:
@@ -84,7 +94,7 @@ class MLPEncoder(nn.Sequential):
         super().__init__(nn.Flatten(1), MLP(prod(event_shape), out_dim, hidden_dims, activation))
 
 
-class MLPDecoder(nn.Sequential):
+class MLPDecoder(_Layers):
     r"""Apply an :class:`MLP`, then give its output a shape.
 
     Args:
@@ -139,7 +149,7 @@ class _Rows(nn.Module):
         return out.reshape(*z.shape[:-1], *out.shape[1:])
 
 
-class ConvEncoder(nn.Sequential):
+class ConvEncoder(_Layers):
     r"""Convolutional encoder in the style of DCGAN's discriminator.
 
     Each layer halves the image: 4×4 convolutions of stride 2, batch normalisation (but for the
@@ -290,7 +300,7 @@ def _grae(name: str) -> dict:
     return _GRAE[name]
 
 
-class GRAEEncoder(nn.Sequential):
+class GRAEEncoder(_Layers):
     r"""Convolutional encoder of the GRAE paper, up to where its images are flat.
 
     The fully connected layer that follows there is the guide's own, which wants to be told

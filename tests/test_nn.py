@@ -40,6 +40,14 @@ def network(request, dtype, device):
     return network
 
 
+@pytest.mark.parametrize("make", [partial(MLP, 3, 2), partial(MLPEncoder, (3,), 2)])
+def test_a_slice_of_layers_is_a_plain_stack(make):
+    network = make()
+    x = torch.randn(5, 3)
+    assert type(network[:-1]) is nn.Sequential
+    torch.testing.assert_close(network[-1](network[:-1](x)), network(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch", [(), (7,), (2, 7)])
 def test_maps_any_batch_row_by_row(network, batch, dtype, device):
     z = torch.randn(*batch, 3, dtype=dtype, device=device)
