@@ -254,11 +254,7 @@ class _Settings:
         compile: bool | None,
         num_examples: int,
     ) -> None:
-        check_least(
-            num_temperatures=(num_temperatures, 1),
-            num_chains=(num_chains, 1),
-            num_leapfrog_steps=(num_leapfrog_steps, 1),
-        )
+        check_least(num_chains=(num_chains, 1), num_leapfrog_steps=(num_leapfrog_steps, 1))
         check_least(chunk_size=(chunk_size, num_chains + 1))  # an example's run side by side
         if not 0 < target_accept < 1:
             raise ValueError(f"target_accept must be between 0 and 1, found {target_accept}")

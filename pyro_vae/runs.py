@@ -610,9 +610,9 @@ def _make(value: Any, path: str, latent_dim: int, kind: Any = Any) -> Any:
     if isinstance(value, str) and value in REGISTRY:
         value = {"name": value}
     if isinstance(value, Mapping):
-        (of_several,) = [o for o in _alternatives(kind) if get_origin(o) is Mapping] or [None]
-        if of_several and "name" not in value:
-            _, element = get_args(of_several)
+        several = next((o for o in _alternatives(kind) if get_origin(o) is Mapping), None)
+        if several and "name" not in value:
+            _, element = get_args(several)
             made = {key: _make(v, f"{path}.{key}", latent_dim) for key, v in value.items()}
             for key, item in made.items():
                 _check_kind(item, element, f"{path}.{key}")

@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a few steps, to show that it runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    started = time.perf_counter()
     num_steps = 8 if args.fast else args.num_steps
     few = {"num_images": 10, "num_particles": 10, "num_samples": 50} if args.fast else {}
     trace: list[dict[str, Any]] = []
@@ -159,8 +160,8 @@ def main() -> None:
         f"python tutorials/results/infovae_pixelcnn.py --seeds {seeds} --losses {losses} "
         f"--latent-dim {args.latent_dim} --num-steps {num_steps}"
     )
-    write(args.out, rows, command)
-    write(args.out.with_name(f"{args.out.stem}_mmd.csv"), trace, command)
+    write(args.out, rows, command, started)
+    write(args.out.with_name(f"{args.out.stem}_mmd.csv"), trace, command, started)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,8 @@ def run(
     return row | measure(model, guide, data, num_gaps)
 
 
-def write(path: Path, rows: Iterable[dict[str, Any]], command: str) -> None:
+def write(path: Path, rows: Iterable[dict[str, Any]], command: str, started: float) -> None:
     """Write rows as they come, below a comment that says where they are from."""
-    started = time.perf_counter()
     with path.open("w", newline="") as file:
         file.write(f"# {command}\n")
         file.write(f"# two x86-64 cores, one thread, torch {torch.__version__}\n")
@@ -144,6 +143,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a few steps, to show that it runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    started = time.perf_counter()
     num_steps = 20 if args.fast else args.num_steps
     rows = (
         run(seed, name, size, args.latent_dim, num_steps)
@@ -156,7 +156,7 @@ def main() -> None:
         f"python tutorials/results/infovae_sizes.py --seeds {seeds} --sizes {sizes} "
         f"--latent-dim {args.latent_dim} --num-steps {num_steps}"
     )
-    write(args.out, rows, command)
+    write(args.out, rows, command, started)
 
 
 if __name__ == "__main__":
