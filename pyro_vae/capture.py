@@ -393,7 +393,11 @@ def _inductor(
     small programs a good part of their time. The program alone is taken where it does the same on
     copies of the inputs, with the same random numbers.
     """
+    from torch._functorch import config as functorch_config
+    from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     programs: list[Any] = []
 
@@ -405,10 +409,19 @@ def _inductor(
     before, after = (
         [_copy(x) if i in changing else x.detach() for i, x in enumerate(inputs)] for _ in range(2)
     )
-    wrapped = cast(
-        Callable[..., Sequence[Tensor]],
-        compile_fx(graph, list(before), inner_compile=remember, config_patches=options),
-    )
+    # Without a shape environment, which holds nothing here, inductor does not look for the program
+    # among those that it keeps on disk: to generate it again takes most of a compilation.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    # What AOTAutograd keeps has its wrappers on.
+    with tracing(TracingContext(mode)), functorch_config.patch(enable_autograd_cache=False):
+        compiled = compile_fx(
+            graph,
+            list(before),
+            inner_compile=remember,
+            config_patches=options,
+            ignore_shape_env=True,  # all shapes are what they are
+        )
+    wrapped = cast(Callable[..., Sequence[Tensor]], compiled)
     with torch.random.fork_rng(devices={x.device for x in inputs if x.device.type == "cuda"}):
         expected = wrapped(*before)
     program = getattr(programs[0], "current_callable", None) if len(programs) == 1 else None

@@ -750,3 +750,24 @@ def test_on_cuda():
     )
     assert densities[1].initial(8).device.type == "cuda"
     assert densities[1].log_likelihood(z.cuda())["y"].shape == (20, 5)
+
+
+def test_a_program_is_found_again_on_disk(tmp_path, monkeypatch):
+    """Of the same function a later process has a program in a fraction of the first one's time."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where there is none yet
+
+    def gradient(z):
+        return torch.func.grad(lambda z: (z.sin() * z.cumsum(0)).sum())(z)
+
+    z, hits, found = torch.tensor([0.3, -1.2, 2.0]), [], []
+    for _ in range(2):  # one process will do: each compiles, and looks on disk first
+        counters["inductor"]["fxgraph_cache_hit"] = 0
+        captured = capture(gradient, z)
+        assert captured.compiled
+        hits.append(counters["inductor"]["fxgraph_cache_hit"])
+        found.append(captured(z))
+    assert hits == [0, 1]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], gradient(z))
