@@ -45,6 +45,9 @@ types: $(VENV)/.has-test
 	@$(PIP_INSTALL) --no-deps --no-build-isolation --target build/installed .
 	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml \
 		--cache-dir ../.mypy_cache -p pyro_vae
+	cd build && MYPYPATH=installed:../tests/benchmarks ../$(BIN)/mypy \
+		--config-file ../pyproject.toml --cache-dir ../.mypy_cache \
+		--allow-untyped-defs --no-warn-unused-ignores ../tests/benchmarks/*.py
 
 clean:  ## Remove the environment, builds and caches (out/ stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -54,7 +54,7 @@ from markdown_tables import row, table
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.evaluate import active_units, aggregate_mmd, elbo, iw_svi, svm_error
+from pyro_vae.evaluate import ELBO, active_units, aggregate_mmd, elbo, iw_svi, svm_error
 from pyro_vae.losses import GRAE_ELBO
 from pyro_vae.runs import Config, GuideConfig, LossConfig, ModelConfig, Run, TrainingConfig
 from pyro_vae.train import train
@@ -150,7 +150,10 @@ def guide_of(run: Run) -> Callable:
 def judge(run: Run, seconds: float) -> Judged:
     torch.manual_seed(run.config.training.seed)
     model, guide, data = run.model, guide_of(run), run.data()
-    x, labelled, of_test = data.test.x, (data.train.x, data.train.y), (data.test.x, data.test.y)
+    x, train_y, test_y = data.test.x, data.train.y, data.test.y
+    assert train_y is not None  # digits have labels
+    assert test_y is not None
+    labelled, of_test = (data.train.x, train_y), (x, test_y)
     bound = elbo(model, guide, x)
     evidence = iw_svi(
         model, guide, x, SVI_PARTICLES, num_steps=SVI_STEPS, covariance="full"
@@ -160,15 +163,22 @@ def judge(run: Run, seconds: float) -> Judged:
     figures = {
         "ELBO": Figure(bound.elbo.value),
         "log p(x)": Figure(evidence.value, evidence.data_std_error),
-        "RMS error": Figure(bound.reconstruction_error.value**0.5),
+        "RMS error": Figure(rms_error(bound)),
         "MMD²": Figure(mmd.value, mmd.std_error),
         "active units": Figure(active_units(model, guide, data.train.x).value),
         "SVM error": Figure(svm.value, svm.std_error),
         "training, s": Figure(seconds),
     }
     errors = {"ELBO": bound.elbo.std_error, "log p(x)": evidence.std_error}
-    train_rms = elbo(model, guide, data.train.x).reconstruction_error.value ** 0.5
-    return Judged(figures, evidence.per_example, bound.claimed, errors, train_rms)
+    of_each = evidence.per_example
+    assert of_each is not None
+    train_rms = rms_error(elbo(model, guide, data.train.x))
+    return Judged(figures, of_each, bound.claimed, errors, train_rms)
+
+
+def rms_error(bound: ELBO) -> float:
+    assert bound.reconstruction_error is not None  # these observations have a mean
+    return bound.reconstruction_error.value**0.5
 
 
 def over_seeds(figures: list[Figure]) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyro
@@ -38,7 +39,7 @@ def pymc_log_density(posterior: str, args: tuple) -> Callable[[dict[str, np.ndar
     import pymc as pm
     from hmc_pymc import MODELS
 
-    arrays = [a.numpy() if isinstance(a, torch.Tensor) else a for a in args]
+    arrays: list[Any] = [a.numpy() if isinstance(a, torch.Tensor) else a for a in args]
     with pm.Model() as model:
         MODELS[posterior](*arrays)
     log_density_of = model.compile_fn(model.logp(jacobian=False))

@@ -55,6 +55,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -443,8 +444,9 @@ def grae(x: Tensor, encoder: nn.Module, decoder: nn.Module) -> Tensor:
     column = torch.randperm(LATENTS)[:1]
     unit = (torch.arange(LATENTS) == column).to(loc).expand_as(loc)
     # The column of the Jacobian. torch.func.jvp has no backward under torch.compile (2.13).
-    logits, pull = torch.func.vjp(decoder, loc)
-    _, push = torch.func.vjp(pull, torch.zeros_like(logits))
+    vjp: Any = torch.func.vjp  # typed as if it could also return a third
+    logits, pull = vjp(decoder, loc)
+    _, push = vjp(pull, torch.zeros_like(logits))
     (slope,) = push((unit,))
     p = logits.sigmoid()
     w = (p * (1 - p) * slope.square()).sum(-1)
@@ -483,8 +485,8 @@ def compiled_vae(loss: str) -> Burst:
 def vae(losses: list[str]) -> dict[str, list[Side]]:
     cases = {}
     for loss in losses:
-        sides = ours_and_pyro(lambda kind, loss=loss: vae_burst(kind, loss))
-        by_hand = Side("PyTorch by hand, torch.compile", lambda loss=loss: compiled_vae(loss))
+        sides = ours_and_pyro(partial(vae_burst, loss=loss))
+        by_hand = Side("PyTorch by hand, torch.compile", partial(compiled_vae, loss))
         cases[f"vae, {loss}"] = [*sides, by_hand]
     return cases
 
