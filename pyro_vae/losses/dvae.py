@@ -28,6 +28,9 @@ class DVAE_ELBO(TermsELBO):  # noqa: N801 - Pyro's way to name losses
     With an :class:`~pyro_vae.losses.IWAE_ELBO` inside this is DIWAE: one ε for the k samples of a
     data point. With ``mix`` it is the partially denoising VAE, a L(x) + (1 − a) L(x + ε).
 
+    Noise is drawn for all rows that the loss is called with. With much data, call it with
+    minibatches rather than with all of it and a plate that takes a few.
+
     Args:
         noise_scale: σ, in the units of the data.
         mix: a, the weight of the loss without noise, in [0, 1).
