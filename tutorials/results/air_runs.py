@@ -1,10 +1,13 @@
-"""Regularise amortised inference on three data sets: one row of a CSV for each trained model.
+"""Regularise amortised inference on three data sets: two rows of a CSV for each trained model.
 
-    python tutorials/results/air_runs.py --data caltech101_silhouettes --methods VAE DVAE:0.3 WNI:1
+    python tutorials/results/air_runs.py --data caltech101_silhouettes --methods VAE DVAE:0.2 WNI:4
 
-Every model of a data set has the same decoder; only the encoder, or what it sees, differs. The
-first method of each seed is the baseline, against which the others' log p(x) is compared on the
-same test images.
+Every model of a data set has the same decoder; only the encoder, or what it sees, differs. Each
+training gives two models: that of the best validation bound ("early") and that of the last step
+("last"). The first method of each seed is the baseline, against which the others' log p(x) is
+compared on the same test images, early with early and last with last. Of several strengths, as in
+DVAE:0.1,0.2, only that of the best validation bound is judged on test images; the others' rows end
+with that bound.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import math
 import platform
 import shlex
@@ -30,13 +34,13 @@ from pyro_vae.losses import DVAE_ELBO, IWAE_ELBO, BetaVAE_ELBO
 from pyro_vae.models import VAE, Bernoulli
 from pyro_vae.nn import MLP, weight_norm_cap
 
-LATENT_DIM, BATCH = 32, 100
+LATENT_DIM, BATCH, VALIDATIONS = 32, 100, 16
 # Hidden layers of encoder and decoder, as many as in the paper; training images; steps.
 SETTINGS = {
-    "caltech101_silhouettes": {"hidden": (200,), "train_size": 500, "num_steps": 1500},
-    "omniglot28": {"hidden": (200, 200), "train_size": 500, "num_steps": 1000},
-    "binarized_mnist": {"hidden": (200, 200), "train_size": 500, "num_steps": 1000},
-    "digits": {"hidden": (100,), "train_size": None, "num_steps": 1000},
+    "caltech101_silhouettes": {"hidden": (200,), "train_size": 4100, "num_steps": 5000},
+    "omniglot28": {"hidden": (200, 200), "train_size": 1000, "num_steps": 3000},
+    "binarized_mnist": {"hidden": (200, 200), "train_size": 1000, "num_steps": 3000},
+    "digits": {"hidden": (100,), "train_size": 1200, "num_steps": 1000},
 }
 METHODS = ("VAE", "DVAE", "partial DVAE", "WNI", "large encoder")
 
@@ -55,7 +59,7 @@ def make_encoder(x_dim, hidden):
 
 def make_guide(method, strength, x_dim, hidden):
     """Return the guide: WNI caps the norms of all its weight vectors, the head's too."""
-    if method == "large encoder":
+    if method == "large encoder":  # a layer more, and wider
         hidden = (int(strength),) * (len(hidden) + 1)
     guide = Gaussian(make_encoder(x_dim, hidden), LATENT_DIM)
     return weight_norm_cap(guide, H=strength) if method == "WNI" else guide
@@ -69,15 +73,46 @@ def make_loss(method, strength, k):
     return inner
 
 
-def train_one(x, valid, guide, loss, *, hidden, num_steps, lr=2e-3, compile=True, every=150):
-    """Train; end with the parameters of the highest IWAE-20 of 500 validation images."""
+def largest_norm(guide):
+    """Return the largest norm of a unit's weights in the guide."""
+    layers = [layer for layer in guide.modules() if isinstance(layer, nn.Linear)]
+    return max(layer.weight.norm(dim=1).max().item() for layer in layers)
+
+
+class Trained:
+    """A model and its guide, with the parameters of the best validation and of the last step."""
+
+    def __init__(self, model, guide):
+        self.model, self.guide = model, guide
+        self.history = []  # (step, validation bound)
+        self.states = {}
+
+    def validate(self, step, valid, num_particles):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same draws each time
+            value = iwae(self.model, self.guide, valid, num_particles).value
+        best = max((v for _, v in self.history), default=-math.inf)
+        self.history.append((step, value))
+        state = copy.deepcopy((self.model.state_dict(), self.guide.state_dict()))
+        for stop in ["last", "early"] if value > best else ["last"]:
+            self.states[stop] = {"step": step, "valid_iwae": value, "state": state}
+
+    def load(self, stop):
+        """Take the parameters of "early" or "last"; return model and guide."""
+        for module, state in zip((self.model, self.guide), self.states[stop]["state"], strict=True):
+            module.load_state_dict(state)
+        return self.model, self.guide
+
+
+def train_one(x, valid, guide, loss, *, hidden, num_steps, lr=2e-3, compile=True, num_valid=300):
+    """Train; 16 times on the way take the IWAE-50 of 300 validation images."""
     decoder = MLP(LATENT_DIM, x.shape[1], hidden[::-1])
     model = VAE(decoder, Bernoulli(), LATENT_DIM, x.shape[1:])
     loss_fn = loss(model, guide)
     loss_fn = pyro_vae.compile(loss_fn) if compile else loss_fn
     adam = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr, fused=True)
     decay = torch.optim.lr_scheduler.ExponentialLR(adam, 0.05 ** (1 / num_steps))
-    best, history, step = {"iwae": -math.inf}, [], 0
+    trained, step, every = Trained(model, guide), 0, max(num_steps // VALIDATIONS, 1)
     while step < num_steps:
         for rows in torch.randperm(len(x)).split(BATCH)[: len(x) // BATCH]:
             adam.zero_grad()
@@ -85,27 +120,17 @@ def train_one(x, valid, guide, loss, *, hidden, num_steps, lr=2e-3, compile=True
             adam.step()
             decay.step()
             step += 1
-            if step % every and step < num_steps:
-                continue
-            with torch.random.fork_rng():
-                torch.manual_seed(0)  # the same draws each time
-                value = iwae(model, guide, valid[:500], 20).value
-            history.append((step, value))
-            if value > best["iwae"]:
-                states = copy.deepcopy((model.state_dict(), guide.state_dict()))
-                best = {"iwae": value, "step": step, "states": states}
+            if step % every == 0 or step == num_steps:
+                trained.validate(step, valid[:num_valid], 50)
             if step == num_steps:
                 break
-    model.load_state_dict(best["states"][0])
-    guide.load_state_dict(best["states"][1])
-    return model, guide, {"step": best["step"], "iwae": best["iwae"], "history": history}
+    return trained
 
 
-def judge(model, guide, x, *, num_particles=300, num_steps=50, train_particles=4):
-    """Return log p(x), ELBO and gaps of test images, by IW-SVI, always on the same noise."""
+def judge(model, guide, x, effort=1):
+    """Return log p(x), ELBO and gaps of images, by IW-SVI, always on the same noise."""
     torch.manual_seed(0)
-    steps = {"num_steps": num_steps, "train_particles": train_particles}
-    return iw_svi(model, guide, x, num_particles, **steps)
+    return iw_svi(model, guide, x, 300 * effort, num_steps=50 * effort, train_particles=4)
 
 
 def run(
@@ -117,65 +142,74 @@ def run(
     num_steps=None,
     num_test=300,
     train_size=None,
-    every=150,
+    stops=("early", "last"),
+    efforts=(1,),
     compile=True,
 ):
-    """Train and judge each (method, strength) of one seed; yield a row for each."""
+    """Train and judge each method of one seed; yield a row for each model, of two a training."""
     x, valid, test, _ = load_flat(name, train_size)
     hidden = SETTINGS[name]["hidden"]
     num_steps = num_steps or SETTINGS[name]["num_steps"]
-    first = None
-    for method, strength in methods:
-        started = time.perf_counter()
+    baseline = {}
+
+    def train(method, strength):
+        started = time.process_time()
         torch.manual_seed(seed)
         guide = make_guide(method, strength, x.shape[1], hidden)
         loss = make_loss(method, strength, k)
-        model, guide, best = train_one(
-            x, valid, guide, loss, hidden=hidden, num_steps=num_steps, compile=compile, every=every
+        trained = train_one(
+            x, valid, guide, loss, hidden=hidden, num_steps=num_steps, compile=compile
         )
-        seconds = time.perf_counter() - started
-        found = judge(model, guide, test[:num_test])
-        log_p, elbo = found.log_evidence.per_example, found.elbo.per_example
-        values = torch.stack([log_p, elbo, log_p - elbo])
-        first = values if first is None else first
-        diff, diff_se = (values - first).mean(1), (values - first).std(1) / len(log_p) ** 0.5
-        with torch.no_grad():
-            train_elbo = -BetaVAE_ELBO().loss(model, guide, x[:2000]) / len(x[:2000])
-        yield {
+        of_run = {
             "data": name,
+            "train_size": len(x),
             "method": method,
             "strength": strength,
             "k": k,
             "seed": seed,
             "num_steps": num_steps,
-            "best_step": best["step"],
-            "valid_iwae": best["iwae"],
-            "train_elbo": train_elbo,
-            "log_p": found.log_evidence.value,
-            "log_p_se": found.log_evidence.data_std_error,
-            "elbo": found.elbo.value,
-            "gap": found.inference_gap.value,
-            "approximation_gap": found.approximation_gap.value,
-            "amortization_gap": found.amortization_gap.value,
-            "log_p_diff": diff[0].item(),
-            "log_p_diff_se": diff_se[0].item(),
-            "elbo_diff": diff[1].item(),
-            "elbo_diff_se": diff_se[1].item(),
-            "gap_diff": diff[2].item(),
-            "gap_diff_se": diff_se[2].item(),
-            "effective": found.log_evidence.effective.median().item(),
-            "train_seconds": seconds,
-            "judge_seconds": time.perf_counter() - started - seconds,
-            "train_size": len(x),
+            "largest_norm": largest_norm(guide),  # WNI: below H, the cap was not reached
+            "train_seconds": time.process_time() - started,
         }
+        return trained, of_run
+
+    for method, strengths in methods:
+        runs = [train(method, strength) for strength in strengths]
+        best = max(runs, key=lambda run: run[0].states["early"]["valid_iwae"])
+        for (trained, of_run), stop, effort in itertools.product(runs, stops, efforts):
+            state = trained.states[stop]
+            row = {**of_run, "stop": stop, "step": state["step"]}
+            row |= {"valid_iwae": state["valid_iwae"], "effort": effort, "num_test": num_test}
+            if trained is best[0]:
+                model, guide = trained.load(stop)
+                found = judge(model, guide, test[:num_test], effort)
+                row |= judgement(model, guide, x, found, baseline, (stop, effort))
+            yield row
+
+
+def judgement(model, guide, x, found, baseline, key):
+    """Return the judged part of a row, with paired differences from the baseline."""
+    log_p, elbo = found.log_evidence.per_example, found.elbo.per_example
+    values = torch.stack([log_p, elbo, log_p - elbo])
+    difference = values - baseline.setdefault(key, values)
+    diff, diff_se = difference.mean(1), difference.std(1) / len(log_p) ** 0.5
+    with torch.no_grad():
+        train_elbo = -BetaVAE_ELBO().loss(model, guide, x[:2000]) / len(x[:2000])
+    row = {"train_elbo": train_elbo, "log_p": found.log_evidence.value}
+    row |= {"log_p_se": found.log_evidence.data_std_error, "elbo": found.elbo.value}
+    for gap in ("inference_gap", "approximation_gap", "amortization_gap"):
+        row[gap] = getattr(found, gap).value
+    for place, key in enumerate(("log_p", "elbo", "gap")):
+        row |= {f"{key}_diff": diff[place].item(), f"{key}_diff_se": diff_se[place].item()}
+    return row | {"effective": found.log_evidence.effective.median().item()}
 
 
 def parse(text):
-    """Turn "DVAE:0.2" into ("DVAE", 0.2)."""
-    method, _, strength = text.partition(":")
+    """Turn "DVAE:0.1,0.2" into ("DVAE", [0.1, 0.2])."""
+    method, _, strengths = text.partition(":")
     if method not in METHODS:
         raise argparse.ArgumentTypeError(f"found {method!r}, expected one of {METHODS}")
-    return method, float(strength or 0)
+    return method, [float(strength) for strength in (strengths or "0").split(",")]
 
 
 def main():
@@ -184,37 +218,36 @@ def main():
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--methods", type=parse, nargs="+", default=[("VAE", 0.0)], metavar="NAME[:STRENGTH]"
+        "--methods", type=parse, nargs="+", default=[("VAE", [0.0])], metavar="NAME[:STRENGTHS]"
     )
     parser.add_argument("--num_steps", type=int)
     parser.add_argument("--train_size", type=int, help="training images, if not the default")
-    parser.add_argument("--every", type=int, default=150, help="steps between validations")
+    parser.add_argument("--stops", nargs="+", default=["early", "last"], help="models to judge")
+    parser.add_argument("--num_test", type=int, default=300, help="test images")
+    parser.add_argument("--efforts", type=int, nargs="+", default=[1], help="of IW-SVI")
     parser.add_argument("--fast", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    small = {"num_steps": 20, "num_test": 20, "compile": False} if args.fast else {}
-    if args.data == "digits":  # steps so small are done before a compiler is
-        small["compile"] = False
-    if args.num_steps:
-        small["num_steps"] = args.num_steps
-    small.update(train_size=args.train_size, every=args.every)
-    fresh, started = not args.out.exists(), time.perf_counter()
-    with args.out.open("a", newline="") as file:
-        command = f"# python tutorials/results/air_runs.py {shlex.join(sys.argv[1:])}\n"
-        file.write(command + f"# {load_flat(args.data)[-1]}\n")
-        if fresh:
-            machine = f"two {platform.machine()} cores, one thread a run"
-            file.write(f"# {machine}, torch {torch.__version__}\n")
-        for seed in args.seeds:
-            for row in run(args.data, args.methods, args.k, seed, **small):
-                writer = csv.DictWriter(file, row)
+    options = {key: getattr(args, key) for key in ("train_size", "stops", "efforts")}
+    # Steps as small as those on the digits are done before a compiler is.
+    options["compile"] = not (args.fast or args.data == "digits")
+    options["num_steps"] = 20 if args.fast else args.num_steps
+    options["num_test"] = 20 if args.fast else args.num_test
+    columns = None
+    for seed in args.seeds:
+        for row in run(args.data, args.methods, args.k, seed, **options):
+            columns = columns or list(row)  # the first is a baseline, and judged
+            fresh = not args.out.exists()
+            with args.out.open("a", newline="") as file:
+                writer = csv.DictWriter(file, columns)
                 if fresh:
+                    file.write(f"# {platform.machine()}, one thread, torch {torch.__version__}\n")
                     writer.writeheader()
-                fresh = False
-                writer.writerow({k: round(v, 4) if type(v) is float else v for k, v in row.items()})
-                file.flush()
-        file.write(f"# wall time of these rows: {time.perf_counter() - started:.0f} s\n")
+                writer.writerow({k: round(v, 3) if type(v) is float else v for k, v in row.items()})
+    with args.out.open("a") as file:  # after the rows: several may write into the file at a time
+        file.write(f"# {load_flat(args.data)[-1]}\n")
+        file.write(f"# python tutorials/results/air_runs.py {shlex.join(sys.argv[1:])}\n")
 
 
 if __name__ == "__main__":
