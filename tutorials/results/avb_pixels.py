@@ -1,6 +1,7 @@
 """Table 1 of adversarial variational Bayes: four images of 2×2 pixels, one pixel on in each.
 
     python tutorials/results/avb_pixels.py                 # seeds 0 to 2
+    python tutorials/results/avb_pixels.py --resume        # go on after the rows that are there
     python tutorials/results/avb_pixels.py --fast --out /tmp/pixels.csv
 
 Rows go to avb_pixels.csv as they come. log p(x) is by quadrature over z, the ELBO by the guide's
@@ -30,6 +31,7 @@ from pyro_vae.models import VAE, Bernoulli
 from pyro_vae.nn import MLP, TwoTowerDiscriminator
 
 GUIDES = ("VAE", "AVB")  # and "AVB + AC", "flow"
+NUM_STEPS = 25_000  # of AVB; 3000 of the others
 X = load("four_pixels").train.x.flatten(1).unique(dim=0)  # [4, 4], one pixel on in each
 
 
@@ -67,7 +69,7 @@ def train(name: str, seed: int = 0, num_steps: int | None = None, loss=None, ste
             "num_adversary_steps": steps,
             "schedule": cosine(end=0.03),
             "adversary_schedule": cosine(end=0.2),
-            "num_steps": num_steps or 10000,
+            "num_steps": num_steps or NUM_STEPS,
         }
     fit(model, guide, loss, X, average=0.99, progress=False, **settings)
     return model, guide
@@ -102,14 +104,23 @@ def judge(model: VAE, guide: nn.Module, num_draws: int = 25_000) -> dict[str, fl
     }
 
 
-def write(path: Path, rows: list[dict], command: str, started: float) -> None:
+def read(path: Path, resume: bool) -> list[dict]:
+    """Return the rows that are there, if a run is to go on after them."""
+    if not resume or not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def write(path: Path, rows: list[dict], command: str) -> None:
     """Write all rows, under what made them."""
+    seconds = sum(float(row[k]) for row in rows for k in ("seconds", "judge_seconds") if k in row)
     with open(path, "w", newline="", encoding="utf-8") as file:
         file.write(f"# {command}\n")
         file.write(
             f"# two x86-64 cores shared with other work, one thread, torch {torch.__version__}\n"
         )
-        file.write(f"# wall time {time.perf_counter() - started:.0f} s\n")
+        file.write(f"# wall time {seconds:.0f} s\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -120,20 +131,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--guides", nargs="+", default=GUIDES)
+    parser.add_argument("--resume", action="store_true", help="go on after the rows in the file")
     parser.add_argument("--fast", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows, started = [], time.perf_counter()
-    command = "python tutorials/results/avb_pixels.py --seeds " + " ".join(map(str, args.seeds))
+    rows = read(args.out, args.resume)
+    done = {(row["guide"], int(row["seed"])) for row in rows}
     for seed in args.seeds:
         for name in args.guides:
+            if (name, seed) in done:
+                continue
             began = time.perf_counter()
             model, guide = train(name, seed, 20 if args.fast else None)
             seconds = time.perf_counter() - began
             found = judge(model, guide, 500 if args.fast else 25_000)
+            judge_seconds = time.perf_counter() - began - seconds
             rows.append({"guide": name, "seed": seed, **found, "seconds": seconds})
-            write(args.out, rows, command, started)
+            rows[-1]["judge_seconds"] = judge_seconds
+            write(args.out, rows, "python tutorials/results/avb_pixels.py")
             print(rows[-1], flush=True)
 
 
