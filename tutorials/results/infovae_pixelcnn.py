@@ -62,8 +62,8 @@ SCALES = {
     "strong": Scale(
         6,
         {"hidden_dim": 24, "num_layers": 3, "kernel_size": 5, "condition_dim": 1},
-        {"ELBO": 1.0, "MMD": 100.0, "Stein": 100.0, "Adversarial": 10.0, "Unregularised": 1e-9},
-        1000,
+        {"ELBO": 1.0, "MMD": 20.0, "Stein": 20.0, "Adversarial": 10.0, "Unregularised": 1e-9},
+        800,
     ),
 }
 
