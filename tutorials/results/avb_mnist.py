@@ -45,11 +45,13 @@ METHODS = {
 NUM_IMAGES, NUM_AIS = 100, 10  # test images, and those of seed 0 that AIS looks at too
 
 
-def get_data(name: str = "binarized_mnist") -> tuple[Tensor, Tensor, str]:
-    """Return training and test images in rows, and what was read; digits where MNIST is not."""
+def get_data(fallback: bool = True) -> tuple[Tensor, Tensor, str]:
+    """Return training and test images in rows, and what was read; perhaps digits for no MNIST."""
     try:
-        data = load(name)
+        data = load("binarized_mnist")
     except FileNotFoundError:
+        if not fallback:
+            raise
         data = load("digits", binarize="threshold")
     return data.train.x.flatten(1), data.test.x.flatten(1), data.source
 
@@ -187,12 +189,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train_x, test_x, source = get_data()
+    train_x, test_x, source = get_data(fallback=args.fast)
     print(source, flush=True)
     rows = read(args.out, args.resume)
     command = "python tutorials/results/avb_mnist.py"
     if args.steps != NUM_STEPS:
         command += f" --steps {args.steps} --images {args.images}"
+    command += f"\n# {source}"
     done = {(row["method"], int(row["seed"])) for row in rows}
     for seed in args.seeds:
         for method in args.methods:
