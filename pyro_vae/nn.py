@@ -645,6 +645,8 @@ def weight_norm_cap(module: nn.Module, H: float) -> nn.Module:
     shortened. A unit whose s has passed H stays at the cap: the minimum has no gradient there.
     Biases are not touched. Applied to an encoder it regularises any guide that uses it;
     the guide's own head is not capped, unless the guide itself is given.
+    Where no norm reaches H, training still differs from that of plain weights: the optimiser's
+    steps are of v and s.
 
     Args:
         module: A network, changed in place.
