@@ -771,3 +771,17 @@ def test_a_program_is_found_again_on_disk(tmp_path, monkeypatch):
     assert hits == [0, 1]
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], gradient(z))
+
+
+def test_programs_on_disk_are_told_apart_by_their_constants(tmp_path, monkeypatch):
+    """Numbers, and tensors made or closed over, are of a program or are given to it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    z = torch.tensor([0.3, -1.2, 2.0])
+    for number, made, outer in [(2.0, 1.0, 1.0), (3.0, 1.0, 1.0), (2.0, 5.0, 1.0), (2.0, 1.0, 7.0)]:
+        weights = torch.tensor([1.0, outer, 2.0])
+
+        def gradient(z, number=number, made=made, weights=weights):
+            inner = torch.tensor([made, 2.0, 3.0])
+            return torch.func.grad(lambda z: (number * inner * weights * z.sin()).sum())(z)
+
+        torch.testing.assert_close(capture(gradient, z)(z), gradient(z))

@@ -192,17 +192,13 @@ def main() -> None:
     train_x, test_x, source = get_data(fallback=args.fast)
     print(source, flush=True)
     rows = read(args.out, args.resume)
-    command = "python tutorials/results/avb_mnist.py"
-    if args.steps != NUM_STEPS:
-        command += f" --steps {args.steps} --images {args.images}"
-    command += f"\n# {source}"
-    done = {(row["method"], int(row["seed"])) for row in rows}
+    steps = 20 if args.fast else args.steps
+    done = {(row["method"], int(row["seed"]), int(row["steps"])) for row in rows}
     for seed in args.seeds:
         for method in args.methods:
-            if (method, seed) in done:
+            if (method, seed, steps) in done:
                 continue
             began = time.perf_counter()
-            steps = 20 if args.fast else args.steps
             vae, guide = train(train_x, method, seed, steps, args.lr, args.t_lr)
             seconds = time.perf_counter() - began
             torch.manual_seed(seed)
@@ -211,7 +207,7 @@ def main() -> None:
             found = judge(vae, guide, train_x, test_x[:num], x_ais, args.fast)
             rows.append({"method": method, "seed": seed, "steps": steps, **found})
             rows[-1] |= {"seconds": seconds, "judge_seconds": time.perf_counter() - began - seconds}
-            write(args.out, rows, command)
+            write(args.out, rows, source)
             print(
                 {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()},
                 flush=True,

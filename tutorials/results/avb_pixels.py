@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import shlex
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -112,11 +114,15 @@ def read(path: Path, resume: bool) -> list[dict]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def write(path: Path, rows: list[dict], command: str) -> None:
-    """Write all rows, under what made them."""
+def write(path: Path, rows: list[dict], *remarks: str) -> None:
+    """Write all rows, under what made the last of them."""
     seconds = sum(float(row[k]) for row in rows for k in ("seconds", "judge_seconds") if k in row)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        file.write(f"# {command}\n")
+        command = shlex.join(
+            ["python", f"tutorials/results/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+        )
+        for remark in (command, *remarks):
+            file.write(f"# {remark}\n")
         file.write(
             f"# two x86-64 cores shared with other work, one thread, torch {torch.__version__}\n"
         )
@@ -149,7 +155,7 @@ def main() -> None:
             judge_seconds = time.perf_counter() - began - seconds
             rows.append({"guide": name, "seed": seed, **found, "seconds": seconds})
             rows[-1]["judge_seconds"] = judge_seconds
-            write(args.out, rows, "python tutorials/results/avb_pixels.py")
+            write(args.out, rows)
             print(rows[-1], flush=True)
 
 

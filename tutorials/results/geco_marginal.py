@@ -36,11 +36,11 @@ COLUMNS = (
     "setting", "tolerance", "seed", "rms_error", "kl", "marginal_kl", "marginal_kl_error",
     "mutual_information", "log_det_cov", "seconds",
 )  # fmt: skip
-MATCHED, SAME = "GECO at the ELBO's error", -1.0
-SETTINGS: dict[str, tuple[float, Callable]] = {
+#: κ, of which the ELBO has none, and the loss; None is the error that the ELBO reached.
+SETTINGS: dict[str, tuple[float | None, Callable]] = {
     "ELBO": (math.nan, BetaVAE_ELBO),
     "GECO": (0.1, partial(geco, rate=0.01)),
-    MATCHED: (SAME, geco),
+    "GECO at the ELBO's error": (None, geco),
 }
 
 
@@ -101,7 +101,7 @@ def main() -> None:
                 if (setting, seed) in present:
                     continue
                 begun = time.perf_counter()
-                if tolerance == SAME:
+                if tolerance is None:
                     tolerance = errors[seed]
                 loss = make() if math.isnan(tolerance) else make(tolerance)
                 model, guide, _ = train(loss, x, seed, num_steps)
