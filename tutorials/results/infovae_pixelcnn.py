@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,18 +183,22 @@ def main() -> None:
     few = {"num_images": 10, "num_particles": 10, "num_samples": 50} if args.fast else {}
     settings = {"scale": args.scale, "weight": args.weight, **few}
     trace: list[dict[str, Any]] = []
-    rows = (
-        run(seed, name, args.latent_dim, num_steps, trace=trace, **settings)
-        for seed in args.seeds
-        for name in args.losses
-    )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for seed in args.seeds:
+            for name in args.losses:
+                try:
+                    yield run(seed, name, args.latent_dim, num_steps, trace=trace, **settings)
+                except ValueError as error:  # unregularised, a standard deviation may fall to 0
+                    print(f"{name}, seed {seed}, no row: {error}")
+
     seeds, losses = (" ".join(map(str, x)) for x in (args.seeds, args.losses))
     command = (
         f"python tutorials/results/infovae_pixelcnn.py --scale {args.scale} --seeds {seeds} "
         f"--losses {losses} --latent-dim {args.latent_dim} --num-steps {num_steps}"
     )
     command += "" if args.weight is None else f" --weight {args.weight:g}"
-    write(out, rows, command, started)
+    write(out, rows(), command, started)
     write(out.with_name(f"{out.stem}_mmd.csv"), trace, command, started)
 
 
