@@ -19,7 +19,15 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .dataflow import changed_inputs, constants, dtype_of, evaluate, hold, index_by_numbers
+from .dataflow import (
+    changed_inputs,
+    constants,
+    dtype_of,
+    evaluate,
+    hold,
+    index_by_numbers,
+    keep_draws,
+)
 from .graphs import share_matrices
 from .unconstrained import LatentSite, UnconstrainedModel, _no_validation, _no_vmap_warning
 
@@ -367,13 +375,21 @@ def _compile(
             own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
             for node in own.graph.nodes:
                 node.meta.clear()
+            num_unused = keep_draws(own)
             try:
-                return _inductor(own, inputs, _options(together))
+                program = _inductor(own, inputs, _options(together))
+                return _without_last(program, num_unused) if num_unused else program
             except Exception:
                 _forget_instruction_sets()
         compiled = torch.compile(graph, dynamic=False, fullgraph=True)
         compiled(*map(_copy, inputs))
         return compiled
+
+
+def _without_last(
+    program: Callable[..., Sequence[Tensor]], number: int
+) -> Callable[..., Sequence[Tensor]]:
+    return lambda *inputs: program(*inputs)[:-number]
 
 
 def _copy(x: Tensor) -> Tensor:

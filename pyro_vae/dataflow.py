@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["changed_inputs", "constants", "dtype_of", "evaluate", "hold", "index_by_numbers"]
+__all__ = [
+    "changed_inputs",
+    "constants",
+    "dtype_of",
+    "evaluate",
+    "hold",
+    "index_by_numbers",
+    "keep_draws",
+]
 
 _aten = torch.ops.aten
 
@@ -55,6 +64,44 @@ def _changing(graph: fx.Graph) -> set[fx.Node]:
             changing.add(node)
             pending += _aliased(node)
     return changing
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Return what the outputs and the changes of inputs depend on, and what changes any of it."""
+    live = {node for node in graph.nodes if node.op in ("output", "placeholder")}
+    written = {}  # by each operation that changes something: this, and what it may be a view of
+    for node in graph.nodes:
+        pending, seen = _written(node), set()
+        while pending:
+            seen.add(pending[-1])
+            pending += [x for x in _aliased(pending.pop()) if x not in seen]
+        if seen:
+            written[node] = seen
+    size = 0
+    while len(live) > size:
+        size = len(live)
+        live |= {node for node, changes in written.items() if changes & live}
+        for node in reversed(graph.nodes):
+            if node in live:
+                live.update(node.all_input_nodes)
+    return live
+
+
+def keep_draws(module: fx.GraphModule) -> int:
+    """Make outputs of the random draws that nothing depends on, and return how many they are.
+
+    A compiler would leave them out, and every later draw would be another one.
+    """
+    live = _live(module.graph)
+    draws = [node for node in module.graph.nodes if _is_random(node) and node not in live]
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    with module.graph.inserting_before(output):
+        for place, node in enumerate(draws):
+            if len(node.target._schema.returns) > 1:  # type: ignore[union-attr]
+                draws[place] = module.graph.call_function(operator.getitem, (node, 0))
+    output.args = ([*output.args[0], *draws],)  # type: ignore[misc]
+    module.recompile()
+    return len(draws)
 
 
 def changed_inputs(module: fx.GraphModule) -> set[int]:

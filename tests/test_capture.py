@@ -785,3 +785,25 @@ def test_programs_on_disk_are_told_apart_by_their_constants(tmp_path, monkeypatc
             return torch.func.grad(lambda z: (number * inner * weights * z.sin()).sum())(z)
 
         torch.testing.assert_close(capture(gradient, z)(z), gradient(z))
+
+
+def test_draws_that_nothing_uses_are_made_all_the_same():
+    """A compiled program takes as many random numbers as its function, in the same order."""
+
+    def function(x):
+        torch.randn(5)
+        torch.nn.functional.dropout(x, 0.5)  # in place, on a tensor of its own
+        torch.randperm(7)
+        return x + torch.randn(3), x.exp()
+
+    x = torch.tensor([0.0, 1.0, 2.0])
+    captured = capture(function, x)
+    assert captured.compiled
+    for _ in range(2):
+        torch.manual_seed(3)
+        expected, after = function(x), torch.get_rng_state()
+        torch.manual_seed(3)
+        found = captured(x)
+        assert len(found) == 2
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(torch.get_rng_state(), after)
