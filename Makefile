@@ -6,8 +6,9 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Files of tests run side by side, one a core: with threads of their own besides, torch's operations
-# on ten numbers would wait for one another. PYTEST_ARGS="-n 0" runs all in one process.
+# Files of tests run side by side, one a core, and tutorials one by one (tests/conftest.py). With
+# threads of their own besides, torch's operations on ten numbers would wait for one another.
+# PYTEST_ARGS="-n 0" runs all in one process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile
 
 .DEFAULT_GOAL := help
