@@ -104,7 +104,19 @@ class Trained:
         return self.model, self.guide
 
 
-def train_one(x, valid, guide, loss, *, hidden, num_steps, lr=2e-3, compile=True, num_valid=300):
+def train_one(
+    x,
+    valid,
+    guide,
+    loss,
+    *,
+    hidden,
+    num_steps,
+    batch_size=BATCH,
+    lr=2e-3,
+    compile=True,
+    num_valid=300,
+):
     """Train; 16 times on the way take the IWAE-50 of 300 validation images."""
     decoder = MLP(LATENT_DIM, x.shape[1], hidden[::-1])
     model = VAE(decoder, Bernoulli(), LATENT_DIM, x.shape[1:])
@@ -114,9 +126,9 @@ def train_one(x, valid, guide, loss, *, hidden, num_steps, lr=2e-3, compile=True
     decay = torch.optim.lr_scheduler.ExponentialLR(adam, 0.05 ** (1 / num_steps))
     trained, step, every = Trained(model, guide), 0, max(num_steps // VALIDATIONS, 1)
     while step < num_steps:
-        for rows in torch.randperm(len(x)).split(BATCH)[: len(x) // BATCH]:
+        for rows in torch.randperm(len(x)).split(batch_size)[: len(x) // batch_size]:
             adam.zero_grad()
-            (loss_fn(x[rows]) / BATCH).backward()
+            (loss_fn(x[rows]) / batch_size).backward()
             adam.step()
             decay.step()
             step += 1
@@ -142,6 +154,7 @@ def run(
     num_steps=None,
     num_test=300,
     train_size=None,
+    batch_size=BATCH,
     stops=("early", "last"),
     efforts=(1,),
     compile=True,
@@ -158,7 +171,14 @@ def run(
         guide = make_guide(method, strength, x.shape[1], hidden)
         loss = make_loss(method, strength, k)
         trained = train_one(
-            x, valid, guide, loss, hidden=hidden, num_steps=num_steps, compile=compile
+            x,
+            valid,
+            guide,
+            loss,
+            hidden=hidden,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            compile=compile,
         )
         of_run = {
             "data": name,
@@ -168,6 +188,7 @@ def run(
             "k": k,
             "seed": seed,
             "num_steps": num_steps,
+            "batch_size": batch_size,
             "largest_norm": largest_norm(guide),  # WNI: below H, the cap was not reached
             "train_seconds": time.process_time() - started,
         }
@@ -222,6 +243,7 @@ def main():
     )
     parser.add_argument("--num_steps", type=int)
     parser.add_argument("--train_size", type=int, help="training images, if not the default")
+    parser.add_argument("--batch_size", type=int, default=BATCH)
     parser.add_argument("--stops", nargs="+", default=["early", "last"], help="models to judge")
     parser.add_argument("--num_test", type=int, default=300, help="test images")
     parser.add_argument("--efforts", type=int, nargs="+", default=[1], help="of IW-SVI")
@@ -229,7 +251,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    options = {key: getattr(args, key) for key in ("train_size", "stops", "efforts")}
+    options = {key: getattr(args, key) for key in ("train_size", "batch_size", "stops", "efforts")}
     # Steps as small as those on the digits are done before a compiler is.
     options["compile"] = not (args.fast or args.data == "digits")
     options["num_steps"] = 20 if args.fast else args.num_steps

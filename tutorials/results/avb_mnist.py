@@ -37,10 +37,10 @@ LATENT_DIM, WIDTH, BATCH, NUM_STEPS = 8, 200, 100, 3000
 METHODS = {
     "VAE": ("gaussian", 0),
     "AVB, 1 step": ("prior", 1),
+    "AVB, 3 steps": ("prior", 3),
     "AVB + AC, 1 step": ("adaptive", 1),
     "AVB + AC, 3 steps": ("adaptive", 3),
     "flow": ("flow", 0),
-    "AVB, 3 steps": ("prior", 3),
 }
 NUM_IMAGES, NUM_AIS = 100, 10  # test images, and those of seed 0 that AIS looks at too
 
@@ -177,9 +177,7 @@ def judge(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS)[:5], help=f"of {list(METHODS)}"
-    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--images", type=int, default=NUM_IMAGES, help="test images")
     parser.add_argument("--lr", type=float, default=1e-3)
