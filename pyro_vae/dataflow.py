@@ -97,9 +97,9 @@ def keep_draws(module: fx.GraphModule) -> int:
     output = next(node for node in module.graph.nodes if node.op == "output")
     with module.graph.inserting_before(output):
         for place, node in enumerate(draws):
-            if len(node.target._schema.returns) > 1:  # type: ignore[union-attr]
+            if len(node.target._schema.returns) > 1:
                 draws[place] = module.graph.call_function(operator.getitem, (node, 0))
-    output.args = ([*output.args[0], *draws],)  # type: ignore[misc]
+    output.args = ([*output.args[0], *draws],)
     module.recompile()
     return len(draws)
 
