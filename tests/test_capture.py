@@ -793,6 +793,7 @@ def test_draws_that_nothing_uses_are_made_all_the_same():
     def function(x):
         torch.randn(5)
         torch.nn.functional.dropout(x, 0.5)  # in place, on a tensor of its own
+        torch.native_dropout(x, 0.5, True)  # which returns two tensors
         torch.randperm(7)
         return x + torch.randn(3), x.exp()
 
