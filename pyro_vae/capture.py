@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .dataflow import (
@@ -28,7 +27,7 @@ from .dataflow import (
     index_by_numbers,
     keep_draws,
 )
-from .graphs import share_matrices
+from .graphs import make_graph, share_matrices
 from .unconstrained import LatentSite, UnconstrainedModel, _no_validation, _no_vmap_warning
 
 __all__ = ["Captured", "LatentSite", "UnconstrainedModel", "capture", "same_graph"]
@@ -276,7 +275,7 @@ def capture(
 
     try:
         with torch.no_grad(), _no_vmap_warning():
-            graph = make_fx(flat)(*tensors)
+            graph = make_graph(flat, *tensors)
             share_matrices(graph)
             _fold_constants(graph)
     except Exception as error:

@@ -24,13 +24,14 @@ from pyro.infer.util import is_identically_zero
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx, nn
 from torch.distributions import Distribution
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from .capture import _compile, _copy, _lift
 from .dataflow import constants, dtype_of, evaluate, hold, index_by_numbers
+from .graphs import make_graph
 from .unconstrained import _no_validation, _no_vmap_warning, _RowByRow
 
 __all__ = [
@@ -326,7 +327,7 @@ def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Tr
     """
     try:
         with _no_validation(), _no_vmap_warning(), _refusing():
-            module = make_fx(_modes(function))(*inputs)
+            module = make_graph(_modes(function), *inputs)
     except CannotCaptureError:
         raise
     except Exception as error:
