@@ -752,6 +752,7 @@ def test_on_cuda():
     assert densities[1].log_likelihood(z.cuda())["y"].shape == (20, 5)
 
 
+@pytest.mark.slow
 def test_a_program_is_found_again_on_disk(tmp_path, monkeypatch):
     """Of the same function a later process has a program in a fraction of the first one's time."""
     from torch._dynamo.utils import counters
@@ -773,6 +774,7 @@ def test_a_program_is_found_again_on_disk(tmp_path, monkeypatch):
     torch.testing.assert_close(found[0], gradient(z))
 
 
+@pytest.mark.slow
 def test_programs_on_disk_are_told_apart_by_their_constants(tmp_path, monkeypatch):
     """Numbers, and tensors made or closed over, are of a program or are given to it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -209,7 +209,12 @@ def check(density, z, dtype, log_density):
 @pytest.mark.parametrize(
     ("make", "plates"),
     # Pyro's LKJ cannot be expanded, so that it fits in no plate.
-    [(m, p) for m in SUPPORTS for p in [(), (2,), (3, 2)] if m is not correlation or not p],
+    [
+        pytest.param(m, p, marks=[pytest.mark.slow] if p == (2,) else [])
+        for m in SUPPORTS
+        for p in [(), (2,), (3, 2)]
+        if m is not correlation or not p
+    ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_one_site(make, plates, dtype):
@@ -231,6 +236,7 @@ def test_several_sites(dtype):
     check(density, density.initial(4), dtype, pyro_log_density(density))
 
 
+@pytest.mark.slow
 def test_several_sites_compiled():
     density = UnconstrainedModel(several(torch.tensor(1.0)))
     z = density.initial(8)

@@ -78,6 +78,7 @@ def test_compare_prints_the_table_and_writes_the_files(tmp_path, capsys):
         assert x.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_an_existing_directory_is_written_over(tmp_path):
     assert run("compare", "gauss", "--guides", "mean_field,flow", "--out", tmp_path, *SMALL) == 0
     assert run("compare", "gauss", "--guides", "full_rank", "--out", tmp_path, *SMALL) == 0
@@ -86,6 +87,7 @@ def test_an_existing_directory_is_written_over(tmp_path):
         read(tmp_path / "draws.nc", "flow")
 
 
+@pytest.mark.slow
 def test_the_seed_decides(tmp_path):
     def numbers(seed):
         args = ["--guides", "mean_field", "--seed", seed, "--out", tmp_path]
@@ -95,6 +97,7 @@ def test_the_seed_decides(tmp_path):
     assert (numbers(2)["knn_kl"] != numbers(1)["knn_kl"]).all()
 
 
+@pytest.mark.slow
 def test_out_is_named_after_the_model_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("compare", "gauss", "--guides", "mean_field", *SMALL) == 0
@@ -114,6 +117,7 @@ def test_a_failed_run_of_hmc_is_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the reference failed its checks")
 def test_a_failed_run_of_hmc_is_marked_where_it_is_allowed(tmp_path, capsys):
     args = ["--guides", "mean_field", "--out", tmp_path, *TOO_SMALL]
@@ -150,7 +154,7 @@ def own_model(tmp_path, monkeypatch):
     sys.modules.pop("own_model", None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_a_model_of_one_s_own(own_model, dtype):
     args = ["--guides", "mean_field", "--dtype", dtype]
     assert run("compare", "own_model:decay", *args, *SMALL) == 0
@@ -259,6 +263,7 @@ def test_bad_command_lines(capsys, args):
     assert re.search(r"\(`pyro-vae( compare)? --help` lists the options\)$", line)
 
 
+@pytest.mark.slow
 def test_a_guide_that_fails_is_reported_and_the_others_are_written(tmp_path, capsys, monkeypatch):
     def make(model):
         def guide(*args, **kwargs):
@@ -280,6 +285,7 @@ def test_a_guide_that_fails_is_reported_and_the_others_are_written(tmp_path, cap
     assert (tmp_path / "posterior.png").exists()
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_even_where_it_cannot_be_saved(tmp_path, capsys):
     (tmp_path / "table.csv").mkdir()
     assert run("compare", "gauss", "--guides", "mean_field", "--out", tmp_path, *SMALL) == 2
@@ -316,6 +322,7 @@ def test_help_says_what_there_is(capsys):
         assert phrase in text
 
 
+@pytest.mark.slow
 def test_options_from_a_file(tmp_path, capsys):
     assert run("compare", "gauss", *SMALL, "--guides", "mean_field", "--print_config") == 0
     config = tmp_path / "config.yaml"
@@ -584,6 +591,7 @@ def test_what_is_no_run_is_said_in_one_line(command, tmp_path, capsys):
     assert "expected the directory of a run" in last_line(capsys)
 
 
+@pytest.mark.slow
 def test_importing_the_command_line_does_not_import_lightning():
     code = "import sys, pyro_vae.cli; print([m for m in ('lightning', 'torchvision', 'tensorboard')"
     code += " if m in sys.modules])"

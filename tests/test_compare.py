@@ -237,6 +237,7 @@ def test_guides_are_fitted():
         assert kl[-1] < kl[0] - 1
 
 
+@pytest.mark.slow
 def test_mean_field_on_correlated_latents_ends_at_its_optimum():
     draws = dist.MultivariateNormal(*_gauss_parameters()).sample((2 * N,))
     comparison = run(
@@ -405,6 +406,7 @@ def test_a_guide_with_an_auxiliary_site():
     assert abs(row["knn_kl"]) < 4 * row["knn_kl_se"]
 
 
+@pytest.mark.slow
 def test_a_list_of_guides():
     guide = AutoGuideList(pair)
     guide.append(AutoNormal(poutine.block(pair, hide=["b"])))
@@ -436,6 +438,7 @@ class RegisteredEncoder(torch.nn.Module):
 
 
 @pytest.mark.usefixtures("param_store")
+@pytest.mark.slow
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("kind", [Encoder, RegisteredEncoder])
 def test_encoders_are_fitted_in_place(kind, registered):
@@ -450,6 +453,7 @@ def test_encoders_are_fitted_in_place(kind, registered):
     assert float(log_scale.exp()) == pytest.approx(SD, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("param_store")
 def test_unnamed_modules_do_not_share_parameters():
     trained, fresh = Encoder(), Encoder()
@@ -507,6 +511,7 @@ def test_one_guide_as_it_is_beside_one_that_is_fitted():
     assert list(comparison.curves) == ["mean_field"]
 
 
+@pytest.mark.slow
 def test_options_replace_the_defaults_of_one_guide():
     options = {
         "b": {"loss": Trace_ELBO(), "optim": lambda params: torch.optim.SGD(params, lr=1e-9)}
@@ -539,6 +544,7 @@ def categories():
     pyro.sample("counts", dist.Multinomial(6, p), obs=COUNTS)
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_shapes(monkeypatch):
     module = importlib.import_module("pyro_vae.compare")
     monkeypatch.setattr(module, "LOOPED_CURVE_DRAWS", 50)
@@ -602,7 +608,7 @@ def test_a_guide_that_would_be_silently_wrong_for_many_draws():
 # -- a guest in the user's process ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("local", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_parameter_store_is_left_as_it_was(param_store, local):
     with pyro.settings.context(module_local_params=local):
         pyro.param("loc", torch.tensor(7.0))
@@ -646,6 +652,7 @@ def test_the_model_s_own_parameters_are_held_fixed(param_store):
     assert pyro.param("sd").detach() == 2.0
 
 
+@pytest.mark.slow
 def test_a_seed_leaves_the_random_state_alone_and_repeats():
     def whole(seed):
         return run(
@@ -676,7 +683,10 @@ def test_without_a_seed_the_generator_is_used():
     np.testing.assert_array_equal(again.draws["exact"]["m"], first.draws["exact"]["m"])
 
 
-@pytest.mark.parametrize("label", ["mean_field", "flow", "implicit"])
+@pytest.mark.parametrize(
+    "label",
+    ["mean_field", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flow", "implicit"))],
+)
 def test_a_guide_s_numbers_do_not_depend_on_the_others(label):
     company = ["implicit", "flow", "mean_field"]
     together = run(company, num_steps=5, num_draws=200)
@@ -705,7 +715,9 @@ def test_the_number_of_threads_is_put_back(broken):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "default", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_float64_data(default):
     def model(x):
         m = pyro.sample("m", dist.Normal(x.new_zeros(()), x.new_ones(())))
@@ -826,6 +838,7 @@ def test_hmc_run_beforehand():
     assert rows(comparison).loc["exact", "max_mean_error"] < 0.2
 
 
+@pytest.mark.slow
 def test_pyro_mcmc():
     mcmc = MCMC(NUTS(linear_gaussian), num_samples=1500, warmup_steps=100, disable_progbar=True)
     mcmc.run()
@@ -866,6 +879,7 @@ def test_halves_are_of_chains_that_are_independent():
     assert rows(comparison).loc[FAILED, "max_mean_error"] > 0.5
 
 
+@pytest.mark.slow
 def test_halves_do_not_share_starting_points():
     # Chains in superchains: where those disagree, the halves have to.
     def two_modes():
@@ -1226,6 +1240,7 @@ def test_the_reference_keeps_its_chains():
     assert many.to_arviz()["hmc"].posterior["m"].shape[0] == 400
 
 
+@pytest.mark.slow
 def test_every_guide_by_name_on_its_model():
     """The four names are those of the four guides, made for the model that is compared."""
     kinds = {"full_rank": AutoMultivariateNormal, "flow": AutoFlow}

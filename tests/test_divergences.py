@@ -92,7 +92,13 @@ def test_bias_vanishes_with_more_samples():
     assert many + 2 * many_se < few
 
 
-@pytest.mark.parametrize("name", ["1-d, shifted", "2-d, correlated", "2-d, equal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1-d, shifted",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("2-d, correlated", "2-d, equal")),
+    ],
+)
 def test_standard_error_is_calibrated(name):
     """Over 40 replicates; their standard deviation is itself known to 11 %."""
     q, p = PAIRS[name]
@@ -102,6 +108,7 @@ def test_standard_error_is_calibrated(name):
     assert 0.75 < ratio < 1.8
 
 
+@pytest.mark.slow
 def test_standard_error_sees_serial_correlation():
     """An autoregressive chain's estimate varies more; the blocks must show it."""
 
@@ -425,16 +432,17 @@ def test_stein_gradient_in_expectation():
     u = z − z': c m in m; c (s²/2 − t²/4 − t²/2b) in log s, at m = 0, which vanishes at s = 1. The
     n pairs i = j of the n² add m/n and s²/n.
     """
-    n, b = 20, 0.8
+    n, b, runs = 20, 0.8, 2000
+
+    def value(loc_and_log_scale, noise, draws):
+        loc, log_scale = loc_and_log_scale
+        return Stein(bandwidths=b)(loc + log_scale.exp() * noise, draws)
+
+    gradient = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, 0))
     for m, s in [(1.5, 1.0), (0.0, 0.6), (0.0, 1.7), (0.0, 1.0)]:
-        gradients = []
-        for _ in range(2000):
-            loc = torch.tensor(m, dtype=torch.float64, requires_grad=True)
-            log_scale = torch.tensor(math.log(s), dtype=torch.float64, requires_grad=True)
-            z = loc + log_scale.exp() * torch.randn(n, 1).double()
-            value = Stein(bandwidths=b)(z, torch.randn(2, 1).double())
-            gradients.append(torch.stack(torch.autograd.grad(value, (loc, log_scale))))
-        mean, error = mean_and_error(gradients)
+        noise, draws = torch.randn(runs, n, 1).double(), torch.randn(runs, 2, 1).double()
+        gradients = gradient(torch.tensor([m, math.log(s)], dtype=torch.float64), noise, draws)
+        mean, error = mean_and_error(list(gradients))
         c, t2 = (1 + 2 * s**2 / b) ** -0.5, 2 * s**2 * b / (b + 2 * s**2)
         in_loc = (n - 1) / n * c * m + m / n
         assert abs(mean[0] - in_loc) < 4 * error[0]
@@ -462,7 +470,7 @@ def descend_particles(stein, num_particles=150, num_steps=300):
     return z.detach()
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+@pytest.mark.parametrize("kernel", ["rbf", pytest.param("imq", marks=pytest.mark.slow)])
 def test_stein_moves_particles_to_the_prior(kernel):
     """N(2, I) to N(0, I); as much of it as 150 independent draws could show."""
     z = descend_particles(Stein(kernel))
@@ -478,7 +486,9 @@ def test_the_opposite_sign_moves_particles_away():
     assert (z.mean(0).abs() > 4).all()
 
 
-@pytest.mark.parametrize(("make", "converges"), [(Stein, True), (WrongSign, False)])
+@pytest.mark.parametrize(
+    ("make", "converges"), [(Stein, True), pytest.param(WrongSign, False, marks=pytest.mark.slow)]
+)
 def test_stein_moves_a_reparameterised_normal_to_the_prior(make, converges):
     """The pairs i = j pull log s down by about 1/n; n = 256, so by less than 0.03."""
     loc = torch.full((2,), 2.0, dtype=torch.float64, requires_grad=True)

@@ -139,17 +139,22 @@ def test_agrees_with_the_closed_form_and_with_pyro(name, dtype):
         torch.testing.assert_close(value, -potential(parts), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_captured_gradient_is_autograd(name):
+@pytest.mark.parametrize(
+    ("name", "compile"),
+    [
+        *((name, False) for name in MODELS),
+        pytest.param("hidden_markov", True, marks=[pytest.mark.compiled, pytest.mark.slow]),
+    ],
+)
+def test_captured_gradient_is_autograd(name, compile):
     model, x, _ = MODELS[name]
     density = UnconstrainedModel(model, (x,), enumerate_discrete=True)
     z = density.initial(4)
     gradient = torch.func.grad(lambda points: density.log_density(points).sum())
     rows = [row.clone().requires_grad_() for row in z]
     expected = torch.stack([torch.autograd.grad(density.log_density(row), row)[0] for row in rows])
-    for compile in [False, True] if name == "hidden_markov" else [False]:
-        captured = capture(gradient, z, compile=compile)
-        torch.testing.assert_close(captured(z), expected, rtol=1e-4, atol=1e-5)
+    captured = capture(gradient, z, compile=compile)
+    torch.testing.assert_close(captured(z), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_prior_sums_to_one():

@@ -165,7 +165,8 @@ def test_batch_shapes_broadcast_row_by_row() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("loss", ["BetaVAE", pytest.param("InfoVAE", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["BetaVAE", "InfoVAE"])
 def test_trains_in_captured_steps_with_particles(
     loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

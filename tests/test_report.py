@@ -123,6 +123,7 @@ def test_everything_is_written_and_says_the_same(tmp_path: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_and_nothing_else_changes(tmp_path: Path) -> None:
     data = digits()
     model, guide = make(data)
@@ -267,6 +268,7 @@ def test_labels_that_do_not_suffice_cost_their_figures_alone(
     assert (tmp_path / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_what_likelihoods_are_is_said(tmp_path: Path) -> None:
     grey = digits()
     splits = (Split((part.x > 0.5).float(), None) for part in grey.splits.values())
@@ -296,6 +298,7 @@ def test_what_likelihoods_are_is_said(tmp_path: Path) -> None:
     assert "the largest is the closest" not in text
 
 
+@pytest.mark.slow
 def test_chunks_bound_what_is_encoded_at_once(tmp_path: Path) -> None:
     data = digits()
     model, guide = make(data)

@@ -141,7 +141,13 @@ VAE_LOSSES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VAE_LOSSES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("IWAE", "GRAE columns") else [])
+        for name in VAE_LOSSES
+    ],
+)
 def test_state_of_loss_and_model_advances_in_the_program(name: str) -> None:
     x = torch.randn(16, 6)
     found = {}
@@ -221,7 +227,7 @@ def test_every_rule_is_tested() -> None:
         lambda: pyro.optim.SGD({"lr": 0.01, "momentum": 0.5, "dampening": 0.1}),
     ],
 )
-@pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.parametrize("steps_per_call", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_pyro_optimisers_take_their_own_steps(optim: Any, steps_per_call: int) -> None:
     def make() -> tuple[Callable, Callable, Any]:
         point(X)
@@ -515,7 +521,9 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoFlow])
+@pytest.mark.parametrize(
+    "guide", [AutoMultivariateNormal, pytest.param(AutoFlow, marks=pytest.mark.slow)]
+)
 def test_compiled_curve_is_that_of_pyro(guide: Any) -> None:
     def make() -> tuple[Callable, Callable, Any]:
         made = guide(eight_schools_avb)
@@ -629,7 +637,7 @@ def test_fit_stops_at_convergence_and_keeps_the_best() -> None:
     ],
     indirect=True,
 )
-@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("implicit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resumed_training_is_the_uninterrupted_one(tmp_path: Any, run: Any, implicit: bool) -> None:
     def train(path: Any, stop_at: int | None = None) -> dict[str, Tensor]:
         pyro.clear_param_store()

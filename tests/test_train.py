@@ -248,7 +248,9 @@ class InterruptionError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 6, 8])  # of 12 steps, 4 an epoch
+@pytest.mark.parametrize(
+    "stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 3, 8)), 4, 6]
+)  # of 12 steps, 4 an epoch
 @pytest.mark.parametrize(
     ("guide", "loss", "options"),
     [

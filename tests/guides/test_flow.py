@@ -113,7 +113,8 @@ def test_flow_arguments_arrive():
     assert count(flow=zuko.flows.NSF, transforms=3) == 3
 
 
-@pytest.mark.parametrize("enabled", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("enabled", [True, False])
 def test_import_leaves_validation_as_it_was(enabled):
     """Zuko switches it off for all of torch.distributions."""
     script = f"""

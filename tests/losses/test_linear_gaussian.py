@@ -75,7 +75,7 @@ class LinearGaussian:
         return 0.5 * (distance + self.d * (scale - 1 - 2 * widen))
 
 
-@pytest.fixture(params=[0, 1, 2])
+@pytest.fixture(params=[0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def oracle(request: pytest.FixtureRequest) -> LinearGaussian:
     return LinearGaussian(request.param)
 
@@ -174,8 +174,8 @@ def test_iwae_rises_to_the_evidence_from_below() -> None:
 
 def test_iwae_is_the_same_under_a_minibatch_in_expectation() -> None:
     oracle = away(1)
-    full, mini = iwae_values(oracle, 8, 400), iwae_values(oracle, 8, 2000, batch=10)
-    error = math.hypot(full.std() / 400**0.5, mini.std() / 2000**0.5)
+    full, mini = iwae_values(oracle, 8, 200), iwae_values(oracle, 8, 800, batch=10)
+    error = math.hypot(full.std() / 200**0.5, mini.std() / 800**0.5)
     assert abs(full.mean() - mini.mean()) < 4 * error
 
 
@@ -196,7 +196,7 @@ def test_iwae_where_pyro_s_own_is_above_the_evidence() -> None:
     assert ours.mean() < evidence + 4 * ours.std() / 200**0.5
 
 
-@pytest.mark.parametrize("vectorize_particles", [True, False])
+@pytest.mark.parametrize("vectorize_particles", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_doubly_reparameterized_gradient_is_unbiased(vectorize_particles: bool) -> None:
     oracle, runs = away(0), 300
     gradients = {}
@@ -223,6 +223,7 @@ def test_doubly_reparameterized_gradient_vanishes_at_the_posterior(oracle: Linea
     assert gradients[1].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_doubly_reparameterized_gradient_follows_latents_that_depend_on_latents() -> None:
     """z₁ → z₂ in the guide; against the gradient of the value, on average."""
     x = torch.tensor([0.5, -1.0, 2.0], dtype=F64)
@@ -345,14 +346,15 @@ def test_infovae_is_the_mmd_vae_and_the_adversarial_autoencoder(oracle: LinearGa
 def test_divergence_is_of_the_aggregate_posterior_over_the_minibatch() -> None:
     """q(z) is N(0, I) for data from the model, at the exact posterior, and MMD says so; q(z|x)
     is far from it for each x, which is what Pyro's Trace_MMD would compare."""
-    oracle = LinearGaussian(0, num_points=2000)
+    n = 1000
+    oracle = LinearGaussian(0, num_points=n)
     with torch.no_grad():
         terms = InfoVAE_ELBO().terms(oracle.model, oracle.guide, oracle.x)
         z, draws = (value[0] for value in terms.aggregate())
-        assert z.shape == draws.shape == (2000, oracle.d)
-        # both means are over 2000 independent draws: sd of the unbiased estimate, by permutation
+        assert z.shape == draws.shape == (n, oracle.d)
+        # both means are over n independent draws: sd of the unbiased estimate, by permutation
         mixed = torch.cat([z, draws])
-        null = torch.stack([MMD()(*mixed[torch.randperm(4000)].split(2000)) for _ in range(20)])
+        null = torch.stack([MMD()(*mixed[torch.randperm(2 * n)].split(n)) for _ in range(20)])
         assert MMD()(z, draws) < 4 * null.std()
         of_one = terms.pairs[0].guide.nodes["z"]["fn"].sample((500,))[:, 0]
         assert MMD()(of_one, draws[:500]) > 20 * null.std()
@@ -408,6 +410,7 @@ def test_partially_denoising_has_one_state_for_both_parts(oracle: LinearGaussian
         assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_divergence_of_several_particles_is_unbiased() -> None:
     """At the posterior MMD² is 0; pairs of particles of one x would raise it."""
     oracle, values = LinearGaussian(1, num_points=16), []

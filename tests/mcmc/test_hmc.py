@@ -94,6 +94,7 @@ def check_eight_schools(mcmc):
     assert verdict.passed, str(verdict)
 
 
+@pytest.mark.slow
 def test_two_mode_eight_schools():
     mcmc = HMC(eight_schools, 256, 800, 300, progress=False, seed=1, compile=True)
     mcmc.run()
@@ -116,7 +117,9 @@ def test_ground_truth_of_the_paper(seed):
     check_eight_schools(mcmc)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_conjugate_sites_on_their_supports(dtype):
     counts = torch.tensor([3.0, 1.0, 6.0], dtype=dtype)
     heads = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=dtype)
@@ -293,6 +296,7 @@ def test_a_density_that_is_nan_in_places_spoils_no_other_chain():
 # -- models of other kinds ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_discrete_sites_are_summed_out():
     x = torch.tensor([-2.1, -1.9, 2.2, 1.8, 2.0])
 
@@ -329,6 +333,7 @@ def test_discrete_sites_are_summed_out():
         run(counts)
 
 
+@pytest.mark.slow
 def test_a_model_that_branches_runs_on_pyros_nuts(tmp_path):
     def model(y):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -516,7 +521,10 @@ def test_interrupt_keeps_the_draws(monkeypatch):
     assert mcmc.to_arviz().sample_stats["n_steps"].shape == (4, 7)
 
 
-@pytest.mark.parametrize("block_bytes", [1 << 24, 3000, 1])
+@pytest.mark.parametrize(
+    "block_bytes",
+    [1 << 24, pytest.param(3000, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)],
+)
 def test_draws_are_the_same_however_they_are_written(monkeypatch, block_bytes):
     """64, 17 or 1 at once, and looked at in between."""
     options = {"num_chains": 4, "num_samples": 150, "warmup_steps": 5}
@@ -540,7 +548,9 @@ def test_draws_are_the_same_however_they_are_written(monkeypatch, block_bytes):
     torch.testing.assert_close(found["twice"], 2 * expected["x"][:, :101])
 
 
-@pytest.mark.parametrize("dim", [1, 3, 33])
+@pytest.mark.parametrize(
+    "dim", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 33]
+)
 @pytest.mark.parametrize("metric", ["diag", "dense"])
 @pytest.mark.parametrize("num_chains", [1, 8])
 def test_programs_are_called_with_the_layout_they_were_made_for(
@@ -580,7 +590,7 @@ def test_programs_are_called_with_the_layout_they_were_made_for(
     assert bool(other.unconstrained.isfinite().all())
 
 
-@pytest.mark.parametrize("calls", [0, 33])
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 33])
 def test_interrupted_warm_up_goes_on_as_if_nothing_had_happened(monkeypatch, calls, tmp_path):
     options = {"num_chains": 8, "num_samples": 5, "warmup_steps": 40}
     whole = run(eight_schools, **options)
@@ -599,6 +609,7 @@ def test_interrupted_warm_up_goes_on_as_if_nothing_had_happened(monkeypatch, cal
     assert torch.equal(other.unconstrained, whole.unconstrained)
 
 
+@pytest.mark.slow
 def test_warm_up_apart_gives_the_same_draws_and_can_be_kept(tmp_path):
     options = {"num_chains": 8, "num_samples": 5, "warmup_steps": 40}
     whole = run(eight_schools, **options)
@@ -657,6 +668,7 @@ def with_twice():
     pyro.deterministic("twice", 2 * x)
 
 
+@pytest.mark.slow
 def test_draws_of_some_sites_in_files(tmp_path):
     options = {"num_chains": 4, "num_samples": 70, "warmup_steps": 20}
     memory = run(with_twice, **options)
@@ -677,6 +689,7 @@ def test_draws_of_some_sites_in_files(tmp_path):
         run(with_twice, save_params="twice", **options)
 
 
+@pytest.mark.slow
 def test_compiled_programs_serve_new_data():
     mcmc = HMC(eight_schools, 32, 400, 100, progress=False, compile=True, seed=0)
     mcmc.run()
@@ -698,6 +711,7 @@ def test_too_many_chains_are_refused_before_they_are_tried():
         mcmc.run()
 
 
+@pytest.mark.slow
 def test_a_chain_far_out_arrives():
     """Five hundred observations make a density so steep at the prior that no common step fits."""
     torch.manual_seed(0)

@@ -216,6 +216,7 @@ def test_exact_moments_of_the_avb_schools():
         assert found[site][0].abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_exact_moments_of_a_linear_regression_against_a_grid():
     x, y = torch.tensor([[0.5], [-1.0], [2.0], [0.3]]), torch.tensor([1.0, -0.5, 2.5, 1.5])
     data = list(zip(x[:, 0].tolist(), y.tolist(), strict=True))
@@ -243,6 +244,7 @@ def test_exact_moments_of_a_linear_regression_against_a_grid():
     assert tuple(map(float, found["noise_scale"])) == pytest.approx((mean, sd), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_moments_of_a_hierarchical_regression_against_dense_algebra():
     """The same sum over the three scales, each term from the whole covariance matrix of y."""
     num_groups, num_data = 8, 120
