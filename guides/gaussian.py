@@ -33,7 +33,8 @@ class Gaussian(Amortized):
             :class:`~pyro_vae.guides.amortized.Amortized`.
 
     Raises:
-        ValueError: For an unknown covariance, or a block size that does not fit.
+        ValueError: For an unknown covariance, or a block size that does not fit; when called, for
+            moments that are not finite or standard deviations of 0.
 
     References:
         | Auto-Encoding Variational Bayes (Kingma, Welling, 2014), section 3
@@ -91,15 +92,37 @@ class Gaussian(Amortized):
     def get_posterior(
         self, x: Tensor, *args: Any, **kwargs: Any
     ) -> Independent | MultivariateNormal:
-        """Return q(z|x), with batch shape [N] and event shape [d]."""
+        """Return q(z|x), with batch shape [N] and event shape [d].
+
+        Raises:
+            ValueError: If its moments are not finite or a standard deviation has fallen to 0, while
+                distributions validate their arguments.
+        """
         d = self.latent_dim
         moments = self.head(self._features(x, *args, **kwargs))
         loc, log_scale, below = moments.split([d, d, len(self.rows)], -1)
-        if self.covariance == "diagonal":  # torch knows more divergences of this one
-            return Normal(loc, log_scale.exp()).to_event(1)
-        tril = torch.diag_embed(log_scale.exp())
-        tril[..., self.rows, self.cols] = below
-        return MultivariateNormal(loc, scale_tril=tril)
+        scale = log_scale.exp()
+        try:
+            if self.covariance == "diagonal":  # torch knows more divergences of this one
+                return Normal(loc, scale).to_event(1)
+            tril = torch.diag_embed(scale)
+            tril[..., self.rows, self.cols] = below
+            return MultivariateNormal(loc, scale_tril=tril)
+        except ValueError as error:
+            raise ValueError(self._what_is_wrong(loc, scale, below)) from error
+
+    def _what_is_wrong(self, loc: Tensor, scale: Tensor, below: Tensor) -> str:
+        """Say which moments of q(z|x) are none; a loss may reward standard deviations of 0."""
+        moments = torch.cat([loc, scale, below], -1)
+        bad, zeros = int((~moments.isfinite()).sum()), int((scale == 0).sum())
+        found = [f"{bad} of {moments.numel()} moments not finite"] if bad else []
+        if zeros:
+            found.append(f"{zeros} of {scale.numel()} standard deviations fallen to 0")
+        return (
+            f"guide site {self.site!r}, q(z|x): found {' and '.join(found) or 'no valid moments'}, "
+            "expected finite means and positive standard deviations; look at x, the learning rate, "
+            "and whether the loss keeps q(z|x) from collapsing to a point"
+        )
 
     @torch.no_grad()
     def quantiles(

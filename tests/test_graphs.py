@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._guards import TracingContext
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.graphs import make_graph, share_matrices
 
@@ -39,3 +41,13 @@ def test_factors_that_differ_are_left_alone():
     share_matrices(graph)
     assert products(graph) == [1, 0]
     torch.testing.assert_close(graph(batch), batch @ batch.sin())
+
+
+def test_a_captured_graph_is_that_of_make_fx_with_one_fake_mode():
+    gradient = torch.func.grad(lambda w: (w @ X).sin().sum())
+    batch = torch.randn(5, 4, dtype=torch.float64)
+    graph = make_graph(torch.vmap(gradient), batch)
+    assert graph.code == make_fx(torch.vmap(gradient))(batch).code
+    values = [node.meta["val"] for node in graph.graph.nodes if "val" in node.meta]
+    assert len({value.fake_mode for value in values}) == 1
+    assert TracingContext.try_get() is None

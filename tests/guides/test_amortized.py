@@ -842,6 +842,20 @@ def test_bad_family_arguments(make, kwargs, message):
         make(MLP(X_DIM, 5), D, **kwargs)
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_moments_that_are_none_are_named(covariance):
+    guide = Gaussian(MLP(X_DIM, 5, (8,)), D, covariance=covariance, site="code")
+    with torch.no_grad():
+        guide.head.bias[D : D + 2] = -200  # exp(-200) is no float32
+    with pytest.raises(ValueError, match=rf"'code'.*found {2 * N} of {D * N} standard deviations"):
+        guide.get_posterior(torch.zeros(N, X_DIM))
+    with torch.no_grad():
+        guide.head.bias[D : D + 2] = 0
+        guide.head.bias[0] = math.nan
+    with pytest.raises(ValueError, match=rf"'code'.*found {N} of \d+ moments not finite"):
+        guide.get_posterior(torch.zeros(N, X_DIM))
+
+
 def test_an_encoder_of_images_needs_a_discriminator():
     encoder = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 5))
     with pytest.raises(ValueError, match="discriminator must be given"):
