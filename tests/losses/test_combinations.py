@@ -109,8 +109,11 @@ WITHOUT_MEAN = ("Flow", "Implicit features", "Implicit input", "Implicit basis")
 
 def pairs(quick: Callable[[str, str], bool]) -> list[Any]:
     """Return the whole table; what is not `quick` comes with the slow tests."""
-    marks = {True: [], False: [pytest.mark.slow]}
-    return [pytest.param(g, o, marks=marks[quick(g, o)]) for g in GUIDES for o in LOSSES]
+    return [
+        pytest.param(guide, loss, marks=[] if quick(guide, loss) else [pytest.mark.slow])
+        for guide in GUIDES
+        for loss in LOSSES
+    ]
 
 
 def test_the_table_has_every_loss_and_every_amortised_guide() -> None:
